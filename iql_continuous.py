@@ -1,0 +1,542 @@
+# Implicit Q-Learning (Kostrikov, Nair and Levine 2021, https://arxiv.org/abs/2110.06169), offline, in one file.
+# Every update is the official implementation's: https://github.com/ikostrikov/implicit_q_learning
+import math
+import os
+import random
+import re
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+import gymnasium as gym
+import gymnasium_robotics
+import minari
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torch.optim as optim
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+gym.register_envs(gymnasium_robotics)
+
+
+@dataclass
+class Args:
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """the name of this experiment"""
+    seed: int = 1
+    """seed of the experiment"""
+    torch_deterministic: bool = True
+    """if toggled, only deterministic algorithms are used: the same seed gives the same bits on the same machine"""
+    cuda: bool = True
+    """if toggled, cuda will be used where there is a GPU"""
+    track: bool = False
+    """if toggled, this experiment will be tracked with Weights and Biases"""
+    wandb_project_name: str = "iql"
+    """the wandb's project name"""
+    wandb_entity: Optional[str] = None
+    """the entity (team) of wandb's project"""
+    capture_video: bool = False
+    """whether to record one episode of every evaluation (check out the `videos` folder)"""
+    save_model: bool = False
+    """whether to save the trained model as `model.pt` in the run directory"""
+    checkpoint: Optional[str] = None
+    """a saved model to start from (with --total-updates 0 it is only evaluated, and needs no dataset)"""
+
+    # Algorithm specific arguments
+    env_id: str = "AdroitHandHammer-v1"
+    """the id of the environment"""
+    dataset_id: Optional[str] = None
+    """the id of the Minari dataset (default: the D4RL expert set of the Adroit task)"""
+    max_episodes: Optional[int] = None
+    """use only this many episodes, the dataset's first"""
+    total_updates: int = 1_000_000
+    """number of updates"""
+    batch_size: int = 256
+    """the batch size of samples from the dataset"""
+    learning_rate: float = 3e-4
+    """the learning rate of all optimizers; the actor's falls to 0 on a cosine"""
+    gamma: float = 0.99
+    """the discount factor gamma"""
+    tau: float = 0.005
+    """target smoothing coefficient"""
+    expectile: float = 0.7
+    """the expectile of V's regression (tau in the paper): 0.5 is SARSA, near 1 the best action in the data"""
+    beta: float = 3.0
+    """inverse temperature of the actor's advantage weights: 0 is behaviour cloning"""
+    max_weight: float = 100.0
+    """upper limit of the advantage weights"""
+    actor_dropout: float = 0.1
+    """dropout rate of the actor's hidden layers"""
+    normalize_obs: bool = True
+    """if toggled, observations are standardized with the dataset's mean and standard deviation"""
+    reward_scale: float = 1.0
+    """factor on the rewards that are learned from; reported returns are unscaled"""
+    eval_frequency: int = 5000
+    """number of updates between two evaluations"""
+    eval_episodes: int = 20
+    """number of episodes of an evaluation"""
+    eval_envs: int = min(10, os.cpu_count() or 1)
+    """number of parallel evaluation environments, a process each"""
+
+
+def check_args(args):
+    """Exit with a sentence if an argument is out of range."""
+    for rule, holds, names in (
+        ("at least 1", lambda x: x >= 1, "batch_size eval_frequency eval_episodes eval_envs max_episodes"),
+        ("at least 0", lambda x: 0 <= x < math.inf, "total_updates beta"),
+        ("more than 0", lambda x: 0 < x < math.inf, "learning_rate max_weight reward_scale"),
+        ("between 0 and 1", lambda x: 0 < x < 1, "expectile"),
+        ("from 0 to 1", lambda x: 0 <= x <= 1, "gamma tau"),
+        ("at least 0 and below 1", lambda x: 0 <= x < 1, "actor_dropout"),
+        ("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32, "seed"),
+    ):
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not holds(value):
+                sys.exit(f"--{name.replace('_', '-')} must be {rule}, not {value}.")
+
+
+# D4RL's horizon and reference returns of a random policy and of the expert (d4rl/infos.py), by Adroit task
+ADROIT = {
+    "pen": (100, 96.262799, 3076.8331017826877),
+    "hammer": (200, -274.856578, 12794.134825156867),
+    "door": (200, -56.512833, 2880.5693087298737),
+    "relocate": (200, -6.425911, 4233.877797728884),
+}
+# the evaluation episodes' reset seeds count from here: every run and every policy meets the same start states
+EVAL_SEED = 1_000_000
+
+
+def adroit_task(env_id):
+    """The Adroit task that `env_id` stands for; None for other environments and for sparse rewards."""
+    match = re.fullmatch(r"AdroitHand(Pen|Hammer|Door|Relocate)(Dense)?-v\d+", env_id)
+    return match and match[1].lower()
+
+
+def make_env(env_id, idx=0, video_folder=None, video_every=1):
+    """Thunk of an environment, as in CleanRL; an Adroit episode lasts as long as in D4RL, whatever is registered."""
+
+    def thunk():
+        horizon = ADROIT[adroit_task(env_id)][0] if adroit_task(env_id) else None
+        if video_folder and idx == 0:
+            env = gym.make(env_id, max_episode_steps=horizon, render_mode="rgb_array")
+            return gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda e: e % video_every == 0)
+        return gym.make(env_id, max_episode_steps=horizon)
+
+    return thunk
+
+
+def make_eval_envs(env_id, num_envs, video_folder=None, video_every=1):
+    """Parallel environments, a process each. Exits with a sentence if `env_id` is unknown or its spaces are no Box.
+
+    Call it before anything starts a thread or CUDA: on Linux the workers are forked, which is fast, and safe only then.
+    Elsewhere they are spawned and import this file.
+    """
+    try:
+        env = make_env(env_id, 0, video_folder)()
+    except (gym.error.Error, ImportError) as error:
+        sys.exit(f"{env_id} cannot be made, change --env-id or install what it needs: {error}")
+    for name, space in (("observation", env.observation_space), ("action", env.action_space)):
+        if not isinstance(space, gym.spaces.Box):
+            sys.exit(f"{env_id} has a {type(space).__name__} {name} space: only Box spaces are supported.")
+    if not env.action_space.is_bounded():
+        sys.exit(f"{env_id} has unbounded actions: only action spaces with finite bounds are supported.")
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers leave Ctrl-C to the main process
+    envs = gym.vector.AsyncVectorEnv(
+        [make_env(env_id, i, video_folder, video_every) for i in range(num_envs)],
+        context="fork" if sys.platform == "linux" else None,
+    )
+    signal.signal(signal.SIGINT, interrupt)
+    return envs
+
+
+def evaluate(envs, policy, episodes):
+    """Run whole episodes, the k-th from reset seed EVAL_SEED + k.
+
+    `policy` maps observations (num_envs, ...) to actions (num_envs, ...). Returns the undiscounted episodic returns
+    (episodes,) and whether `info["success"]` held at any step (episodes,), None if the environment never says.
+    Exits with a sentence if a worker process dies.
+    """
+    returns, successes = np.zeros(0), np.zeros(0, dtype=bool)
+    reports_success = False
+    try:
+        while len(returns) < episodes:
+            obs, _ = envs.reset(seed=[EVAL_SEED + len(returns) + i for i in range(envs.num_envs)])
+            episodic_return, success = np.zeros(envs.num_envs), np.zeros(envs.num_envs, dtype=bool)
+            running = np.ones(envs.num_envs, dtype=bool)  # what follows an episode's end, autoreset too, is ignored
+            while running.any():
+                obs, rewards, terminations, truncations, infos = envs.step(policy(obs))
+                episodic_return += np.where(running, rewards, 0.0)
+                if "success" in infos:
+                    reports_success = True
+                    success |= running & np.asarray(infos["success"], dtype=bool)
+                running &= ~(terminations | truncations)
+            returns, successes = np.append(returns, episodic_return), np.append(successes, success)
+    except (EOFError, ConnectionError) as error:
+        codes = [process.exitcode for process in envs.processes if not process.is_alive()]
+        sys.exit(f"An evaluation process died (exit code {codes}, {type(error).__name__}): was memory short?")
+    return returns[:episodes], successes[:episodes] if reports_success else None
+
+
+def summarize(env_id, returns, successes=None):
+    """Mean return, D4RL's normalized score (0 is random, 100 the expert) and success rate: those that are known."""
+    result = {"episodic_return": returns.mean().item()}
+    if task := adroit_task(env_id):
+        _, random_return, expert_return = ADROIT[task]
+        result["normalized_score"] = 100 * (result["episodic_return"] - random_return) / (expert_return - random_return)
+    if successes is not None:
+        result["success_rate"] = successes.mean().item()
+    return result
+
+
+def find_dataset(env_id, dataset_id=None):
+    """Open a Minari dataset: from the local root, else downloaded. Exits with a sentence if there is none."""
+    task = adroit_task(env_id)
+    if dataset_id is None and task is None:
+        sys.exit(f"{env_id} has no default dataset: name one with --dataset-id (`minari list remote` lists them).")
+    wanted = dataset_id or f"D4RL/{task}/expert-v2"
+    path = minari.storage.get_dataset_path(wanted)
+    if not (path / "data").exists():
+        print(f"{path} does not exist: downloading {wanted} (without a network this gives up after half a minute) ...")
+        try:
+            minari.download_dataset(wanted)
+        except Exception as error:  # whatever the libraries between here and the server raise
+            sys.exit(f"{wanted} could not be downloaded, check the network and the id: {type(error).__name__}: {error}")
+    try:
+        return minari.MinariDataset(path / "data")
+    except Exception as error:  # a damaged file can raise anything
+        sys.exit(f"{wanted} cannot be read, delete {path} to download it again: {type(error).__name__}: {error}")
+
+
+def load_transitions(dataset, env_id, observation_space, action_space, max_episodes=None):
+    """Read a Minari dataset into float32 CPU tensors; actions are scaled to [-1, 1].
+
+    Returns (transitions, episodic_returns): a dict of `observations` (N, obs_dim), `actions` (N, act_dim), `rewards`
+    (N,), `next_observations` (N, obs_dim) and `terminations` (N,), and the returns of the episodes (E,), NumPy.
+    Exits with a sentence if the dataset does not fit the environment's spaces, is empty, or holds NaN or infinity.
+    """
+    for name, space in (("observation_space", observation_space), ("action_space", action_space)):
+        found = getattr(dataset, name)
+        if not isinstance(found, gym.spaces.Box) or found.shape != space.shape:
+            sys.exit(f"{dataset.id} does not fit {env_id}: its {name} is {found}, the environment's {space}.")
+    columns = {name: [] for name in ("observations", "actions", "rewards", "next_observations", "terminations")}
+    total = min(dataset.total_episodes, max_episodes or dataset.total_episodes)
+    try:
+        for episode in tqdm(dataset.iterate_episodes(range(total)), "reading", total, unit=" episodes"):
+            # T + 1 observations and T of everything else: next observations never cross an episode's end
+            observations = episode.observations.reshape(len(episode.observations), -1).astype(np.float32)
+            columns["observations"].append(observations[:-1])
+            columns["actions"].append(episode.actions.reshape(len(episode.actions), -1).astype(np.float32))
+            columns["rewards"].append(episode.rewards.astype(np.float32))
+            columns["next_observations"].append(observations[1:])
+            # a truncation is not the task's end: only a termination cuts the bootstrap
+            columns["terminations"].append(episode.terminations.astype(np.float32))
+    except Exception as error:  # a damaged file can raise anything
+        sys.exit(f"{dataset.id} cannot be read, delete it and get it again: {type(error).__name__}: {error}")
+    if sum(map(len, columns["rewards"])) == 0:
+        sys.exit(f"{dataset.id} is empty: use a dataset with transitions.")
+    episodic_returns = np.array([rewards.sum(dtype=np.float64) for rewards in columns["rewards"]])
+    transitions = {name: torch.from_numpy(np.concatenate(columns.pop(name))) for name in list(columns)}
+    for name, tensor in transitions.items():
+        if not torch.isfinite(tensor).all():
+            sys.exit(f"{dataset.id} holds NaN or infinity in its {name}: use a dataset without.")
+    low, high = (
+        torch.as_tensor(bound.flatten(), dtype=torch.float32) for bound in (action_space.low, action_space.high)
+    )
+    transitions["actions"].sub_((high + low) / 2).div_((high - low) / 2)
+    transitions["actions"].clamp_(-1 + 1e-5, 1 - 1e-5)  # as the official code does
+    return transitions, episodic_returns
+
+
+def layer_init(layer):
+    nn.init.orthogonal_(layer.weight, math.sqrt(2))
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Critic(nn.Module):
+    """Q(s, a) or V(s): one number (batch,) for the concatenation of its inputs, each (batch, ...)."""
+
+    def __init__(self, input_dim):
+        super().__init__()
+        self.fc1 = layer_init(nn.Linear(input_dim, 256))
+        self.fc2 = layer_init(nn.Linear(256, 256))
+        self.fc3 = layer_init(nn.Linear(256, 1))
+
+    def forward(self, *inputs):
+        x = F.relu(self.fc1(torch.cat(inputs, 1)))
+        x = F.relu(self.fc2(x))
+        return self.fc3(x).squeeze(1)
+
+
+LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+
+
+class Actor(nn.Module):
+    """Gaussian policy over actions scaled to [-1, 1]: a tanh mean, a standard deviation that no state changes."""
+
+    def __init__(self, obs_dim, act_dim):
+        super().__init__()
+        self.fc1 = layer_init(nn.Linear(obs_dim, 256))
+        self.fc2 = layer_init(nn.Linear(256, 256))
+        self.fc_mean = layer_init(nn.Linear(256, act_dim))
+        self.log_std = nn.Parameter(torch.zeros(act_dim))
+        # observation statistics and action rescaling
+        self.register_buffer("obs_mean", torch.zeros(obs_dim))
+        self.register_buffer("obs_std", torch.ones(obs_dim))
+        self.register_buffer("action_scale", torch.ones(act_dim))
+        self.register_buffer("action_bias", torch.zeros(act_dim))
+
+    def forward(self, x, dropout=0.0):
+        """Mean (batch, act_dim) and log standard deviation (act_dim,) at normalized observations (batch, obs_dim)."""
+        x = F.dropout(F.relu(self.fc1(x)), dropout)
+        x = F.dropout(F.relu(self.fc2(x)), dropout)
+        return torch.tanh(self.fc_mean(x)), self.log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
+
+    def log_prob(self, x, a, dropout=0.0):
+        """log pi(a|x), (batch,)."""
+        mean, log_std = self(x, dropout)
+        return (-0.5 * ((a - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)).sum(1)
+
+    @torch.no_grad()
+    def act(self, obs):
+        """The mean policy, from the environment's observations (batch, ...) to its actions (batch, act_dim), NumPy."""
+        x = torch.as_tensor(obs, dtype=torch.float32, device=self.obs_mean.device).flatten(1)
+        mean, _ = self((x - self.obs_mean) / self.obs_std)
+        return (mean * self.action_scale + self.action_bias).cpu().numpy()
+
+
+class Agent(nn.Module):
+    """All networks of IQL. The target critics start as copies of the critics."""
+
+    def __init__(self, obs_dim, act_dim):
+        super().__init__()
+        self.actor, self.vf = Actor(obs_dim, act_dim), Critic(obs_dim)
+        self.qf1, self.qf2 = Critic(obs_dim + act_dim), Critic(obs_dim + act_dim)
+        self.qf1_target, self.qf2_target = Critic(obs_dim + act_dim), Critic(obs_dim + act_dim)
+        self.qf1_target.load_state_dict(self.qf1.state_dict())
+        self.qf2_target.load_state_dict(self.qf2.state_dict())
+
+
+def make_optimizers(agent, learning_rate):
+    """Adam for V, for the actor and for the two critics."""
+    q_parameters = [*agent.qf1.parameters(), *agent.qf2.parameters()]
+    groups = (agent.vf.parameters(), agent.actor.parameters(), q_parameters)
+    return [optim.Adam(parameters, lr=learning_rate, fused=True) for parameters in groups]
+
+
+def expectile_loss(u, expectile):
+    """Mean of |expectile - 1(u < 0)| u^2 (Section 4.1): its minimizer is the expectile of what u is measured from."""
+    return (torch.abs(expectile - (u < 0).float()) * u**2).mean()
+
+
+def update(agent, optimizers, data, args):
+    """One IQL update on a batch of transitions: V, then with the new V actor and critics, then the targets.
+
+    Returns a dict of tensors on the device, losses () and values (batch,): nothing here waits for it.
+    """
+    v_optimizer, actor_optimizer, q_optimizer = optimizers
+    obs, actions = data["observations"], data["actions"]
+
+    # V(s) regresses to an expectile of min target-Q(s, a) over the data's actions (Eq. 5)
+    with torch.no_grad():
+        min_qf_target = torch.min(agent.qf1_target(obs, actions), agent.qf2_target(obs, actions))
+    v_values = agent.vf(obs)
+    v_loss = expectile_loss(min_qf_target - v_values, args.expectile)
+    v_optimizer.zero_grad()
+    v_loss.backward()
+    v_optimizer.step()
+
+    # the actor regresses to the data's actions, weighted by exp(beta * advantage) (Eq. 7)
+    with torch.no_grad():
+        advantages = min_qf_target - agent.vf(obs)
+        weights = torch.exp(args.beta * advantages).clamp(max=args.max_weight)
+    actor_loss = -(weights * agent.actor.log_prob(obs, actions, args.actor_dropout)).mean()
+    actor_optimizer.zero_grad()
+    actor_loss.backward()
+    actor_optimizer.step()
+
+    # Q(s, a) regresses to r + gamma V(s'): no action outside the data is ever evaluated (Eq. 6)
+    with torch.no_grad():
+        next_v_values = agent.vf(data["next_observations"])
+        next_q_value = data["rewards"] + args.gamma * (1 - data["terminations"]) * next_v_values
+    qf1_a_values, qf2_a_values = agent.qf1(obs, actions), agent.qf2(obs, actions)
+    qf_loss = F.mse_loss(qf1_a_values, next_q_value) + F.mse_loss(qf2_a_values, next_q_value)
+    q_optimizer.zero_grad()
+    qf_loss.backward()
+    q_optimizer.step()
+
+    # the target critics follow by Polyak averaging
+    with torch.no_grad():
+        target_parameters = [*agent.qf1_target.parameters(), *agent.qf2_target.parameters()]
+        torch._foreach_lerp_(target_parameters, q_optimizer.param_groups[0]["params"], args.tau)
+    metrics = {"v_loss": v_loss, "actor_loss": actor_loss, "qf_loss": qf_loss, "qf_values": qf1_a_values}
+    metrics |= {"v_values": v_values, "advantages": advantages, "weights": weights}
+    return {name: tensor.detach() for name, tensor in metrics.items()}
+
+
+FILE_VERSION = 1
+
+
+def save_file(state, path):
+    """Write a model or checkpoint: whatever happens meanwhile, `path` is the old file or the complete new one."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"version": FILE_VERSION, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        sys.exit(f"{path} cannot be written, what was there before is unharmed: make room, then resume. {error}")
+
+
+def load_file(path):
+    """Read a model or checkpoint without executing anything in it. Exits with a sentence if it cannot be used."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        version = state["version"]
+    except Exception as error:  # a damaged file can raise anything
+        sys.exit(f"{path} cannot be loaded, use a file that this script saved. {type(error).__name__}: {error}")
+    if version != FILE_VERSION:
+        sys.exit(f"{path} has format {version}, this script reads {FILE_VERSION}: use the script that wrote it.")
+    return state
+
+
+def load_agent(agent, path, env_id):
+    """Put a saved model into `agent`. Exits with a sentence if it is of another environment or other sizes."""
+    state = load_file(path)
+    if state["args"]["env_id"] != env_id:
+        sys.exit(f"{path} was trained on {state['args']['env_id']}, not on {env_id}: change one of the two.")
+    try:
+        agent.load_state_dict(state["agent"])
+    except RuntimeError as error:
+        sys.exit(f"{path} holds other networks than this script's: use one that it saved. {error}")
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    check_args(args)
+    run_dir = Path(f"runs/{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    if args.track:
+        try:
+            import wandb
+        except ImportError:
+            sys.exit("--track needs wandb, which is not installed: run `pip install wandb` or leave out --track.")
+
+    # env setup: before anything starts a thread, see make_eval_envs
+    num_envs = min(args.eval_envs, args.eval_episodes)
+    video_folder = f"videos/{run_dir.name}" if args.capture_video else None
+    envs = make_eval_envs(args.env_id, num_envs, video_folder, math.ceil(args.eval_episodes / num_envs))
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+
+    # seeding: torch's own generator initializes the networks and then belongs to dropout
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # would write every new tensor twice
+    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    sampling_generator = torch.Generator(device).manual_seed(args.seed)
+
+    # agent and data
+    agent = Agent(math.prod(obs_space.shape), math.prod(action_space.shape))
+    agent.actor.action_scale.copy_(torch.as_tensor((action_space.high - action_space.low).flatten() / 2))
+    agent.actor.action_bias.copy_(torch.as_tensor((action_space.high + action_space.low).flatten() / 2))
+    if args.checkpoint:
+        load_agent(agent, args.checkpoint, args.env_id)
+    reference = {}
+    if args.total_updates > 0:
+        dataset = find_dataset(args.env_id, args.dataset_id)
+        args.dataset_id = dataset.id
+        transitions, dataset_returns = load_transitions(
+            dataset, args.env_id, obs_space, action_space, args.max_episodes
+        )
+        if args.normalize_obs and not args.checkpoint:
+            agent.actor.obs_mean.copy_(transitions["observations"].mean(0))
+            agent.actor.obs_std.copy_(transitions["observations"].std(0) + 1e-3)
+        for name in ("observations", "next_observations"):
+            transitions[name].sub_(agent.actor.obs_mean).div_(agent.actor.obs_std)
+        transitions["rewards"].mul_(args.reward_scale)
+        transitions = {name: tensor.to(device) for name, tensor in transitions.items()}
+        rng, shape = np.random.default_rng(EVAL_SEED), (num_envs, *action_space.shape)
+        random_returns, _ = evaluate(envs, lambda _: rng.uniform(action_space.low, action_space.high, shape), 20)
+        reference = {"dataset": dataset_returns, "random": random_returns}
+    agent.to(device)
+    optimizers = make_optimizers(agent, args.learning_rate)
+    actor_scheduler = optim.lr_scheduler.CosineAnnealingLR(optimizers[1], max(args.total_updates, 1))
+
+    # logging
+    if args.track:
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            sync_tensorboard=True,
+            config=vars(args),
+            name=run_dir.name,
+            monitor_gym=True,
+            save_code=True,
+        )
+    writer = SummaryWriter(run_dir)
+    writer.add_text(
+        "hyperparameters",
+        "|param|value|\n|-|-|\n%s" % ("\n".join([f"|{key}|{value}|" for key, value in vars(args).items()])),
+    )
+    evaluations = open(run_dir / "evaluations.csv", "w")
+    columns = "global_step,episodic_return_mean,episodic_return_std,normalized_score,success_rate,wall_seconds"
+    evaluations.write(columns + "\n")
+    print(f"{run_dir}: {args.env_id} with {args.dataset_id} on {device}")
+    for name, returns in reference.items():
+        summary = ", ".join(f"{key}={value:.2f}" for key, value in summarize(args.env_id, returns).items())
+        print(f"{name}: {summary} (std {returns.std():.2f}, {len(returns)} episodes)")
+        writer.add_scalar(f"charts/{name}_return", returns.mean(), 0)
+
+    # training: global_step counts the updates done
+    start_time, evaluation_seconds = time.time(), 0.0
+    bar = tqdm(range(args.total_updates + 1), unit=" updates")
+    for global_step in bar:
+        if global_step > 0:
+            size = (args.batch_size,)
+            indices = torch.randint(len(transitions["rewards"]), size, generator=sampling_generator, device=device)
+            data = {name: tensor[indices] for name, tensor in transitions.items()}
+            metrics = update(agent, optimizers, data, args)
+            actor_scheduler.step()
+
+        evaluation_due = global_step % args.eval_frequency == 0 or global_step == args.total_updates
+        if global_step > 0 and (global_step % 500 == 0 or evaluation_due):  # nowhere else the device is waited for
+            metrics["clipped_weights"] = (metrics["weights"] >= args.max_weight).float()
+            for name, tensor in metrics.items():
+                writer.add_scalar(f"losses/{name}", tensor.mean().item(), global_step)
+            training_seconds = time.time() - start_time - evaluation_seconds
+            writer.add_scalar("charts/SPS", global_step / training_seconds, global_step)
+
+        if evaluation_due:
+            evaluation_start = time.time()
+            returns, successes = evaluate(envs, agent.actor.act, args.eval_episodes)
+            evaluation_seconds += time.time() - evaluation_start
+            result = summarize(args.env_id, returns, successes)
+            for key, value in result.items():
+                writer.add_scalar(f"charts/{key}", value, global_step)
+            score, success_rate = result.get("normalized_score", ""), result.get("success_rate", "")
+            row = (global_step, returns.mean(), returns.std(), score, success_rate, time.time() - start_time)
+            evaluations.write(",".join(map(str, row)) + "\n")
+            evaluations.flush()
+            summary = ", ".join(f"{key}={value:.2f}" for key, value in result.items())
+            bar.set_postfix_str(summary)
+            tqdm.write(f"global_step={global_step}, {summary}")
+
+    if args.save_model:
+        save_file({"args": vars(args), "agent": agent.state_dict()}, run_dir / "model.pt")
+        print(f"model saved to {run_dir / 'model.pt'}")
+    envs.close()
+    evaluations.close()
+    writer.close()
+    print(f"final: {args.env_id} with {args.dataset_id}, {args.total_updates} updates, seed {args.seed}: {summary}")
