@@ -1,5 +1,6 @@
 # Implicit Q-Learning (Kostrikov, Nair and Levine 2021, https://arxiv.org/abs/2110.06169), offline, in one file.
 # Every update is the official implementation's: https://github.com/ikostrikov/implicit_q_learning
+import io
 import math
 import os
 import random
@@ -48,6 +49,8 @@ class Args:
     """whether to save the trained model as `model.pt` in the run directory"""
     checkpoint: Optional[str] = None
     """a saved model to start from (with --total-updates 0 it is only evaluated, and needs no dataset)"""
+    resume: Optional[str] = None
+    """the directory of an interrupted run: go on with it, under its own arguments, whatever else is given"""
 
     # Algorithm specific arguments
     env_id: str = "AdroitHandHammer-v1"
@@ -86,21 +89,12 @@ class Args:
     """number of parallel evaluation environments, a process each"""
 
 
-def check_args(args):
-    """Exit with a sentence if an argument is out of range."""
-    for rule, holds, names in (
-        ("at least 1", lambda x: x >= 1, "batch_size eval_frequency eval_episodes eval_envs max_episodes"),
-        ("at least 0", lambda x: 0 <= x < math.inf, "total_updates beta"),
-        ("more than 0", lambda x: 0 < x < math.inf, "learning_rate max_weight reward_scale"),
-        ("between 0 and 1", lambda x: 0 < x < 1, "expectile"),
-        ("from 0 to 1", lambda x: 0 <= x <= 1, "gamma tau"),
-        ("at least 0 and below 1", lambda x: 0 <= x < 1, "actor_dropout"),
-        ("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32, "seed"),
-    ):
-        for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not holds(value):
-                sys.exit(f"--{name.replace('_', '-')} must be {rule}, not {value}.")
+def check_args(args, names, rule, holds):
+    """Exit with a sentence if one of the named arguments breaks a rule; None is no value."""
+    for name in names.split():
+        value = getattr(args, name)
+        if value is not None and not holds(value):
+            sys.exit(f"--{name.replace('_', '-')} must be {rule}, not {value}.")
 
 
 # D4RL's horizon and reference returns of a random policy and of the expert (d4rl/infos.py), by Adroit task
@@ -197,18 +191,28 @@ def summarize(env_id, returns, successes=None):
 
 
 def find_dataset(env_id, dataset_id=None):
-    """Open a Minari dataset: from the local root, else downloaded. Exits with a sentence if there is none."""
+    """Open a Minari dataset: from the local root, else downloaded. Exits with a sentence if there is none.
+
+    Without `dataset_id` it is D4RL's expert set of the Adroit task or, where that cannot be had, the small one that
+    comes with this file in tests/datasets.
+    """
     task = adroit_task(env_id)
     if dataset_id is None and task is None:
         sys.exit(f"{env_id} has no default dataset: name one with --dataset-id (`minari list remote` lists them).")
-    wanted = dataset_id or f"D4RL/{task}/expert-v2"
-    path = minari.storage.get_dataset_path(wanted)
+    wanted, bundled_id = dataset_id or f"D4RL/{task}/expert-v2", f"bundled/{task}/demos-v0"
+    local, bundled = minari.storage.get_dataset_path(), Path(__file__).parent / "tests" / "datasets"
+    path = bundled / wanted if (bundled / wanted / "data").exists() else local / wanted
     if not (path / "data").exists():
         print(f"{path} does not exist: downloading {wanted} (without a network this gives up after half a minute) ...")
         try:
             minari.download_dataset(wanted)
         except Exception as error:  # whatever the libraries between here and the server raise
-            sys.exit(f"{wanted} could not be downloaded, check the network and the id: {type(error).__name__}: {error}")
+            sentence = f"{wanted} could not be downloaded ({type(error).__name__})"
+            path = bundled / bundled_id
+            if dataset_id is not None or not path.exists():
+                sys.exit(f"{sentence}: check the network and the id, `minari list remote` lists all.")
+            line = "!" * 80
+            print(f"{line}\n{sentence}.\nUsing the small {bundled_id}: its scores are not D4RL scores.\n{line}")
     try:
         return minari.MinariDataset(path / "data")
     except Exception as error:  # a damaged file can raise anything
@@ -305,11 +309,15 @@ class Actor(nn.Module):
         mean, log_std = self(x, dropout)
         return (-0.5 * ((a - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)).sum(1)
 
+    def normalize(self, obs):
+        """The environment's observations (batch, ...), NumPy, as the networks take them (batch, obs_dim)."""
+        x = torch.as_tensor(obs, dtype=torch.float32, device=self.obs_mean.device).flatten(1)
+        return (x - self.obs_mean) / self.obs_std
+
     @torch.no_grad()
     def act(self, obs):
         """The mean policy, from the environment's observations (batch, ...) to its actions (batch, act_dim), NumPy."""
-        x = torch.as_tensor(obs, dtype=torch.float32, device=self.obs_mean.device).flatten(1)
-        mean, _ = self((x - self.obs_mean) / self.obs_std)
+        mean, _ = self(self.normalize(obs))
         return (mean * self.action_scale + self.action_bias).cpu().numpy()
 
 
@@ -387,49 +395,82 @@ FILE_VERSION = 1
 
 def save_file(state, path):
     """Write a model or checkpoint: whatever happens meanwhile, `path` is the old file or the complete new one."""
+    buffer = io.BytesIO()
+    torch.save({"version": FILE_VERSION, **state}, buffer)
     temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save({"version": FILE_VERSION, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        sys.exit(f"{path} cannot be written, what was there before is unharmed: make room, then resume. {error}")
+    with open(temporary, "wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def load_file(path):
     """Read a model or checkpoint without executing anything in it. Exits with a sentence if it cannot be used."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        version = state["version"]
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        version = saved["version"]
     except Exception as error:  # a damaged file can raise anything
-        sys.exit(f"{path} cannot be loaded, use a file that this script saved. {type(error).__name__}: {error}")
+        sys.exit(f"{path} cannot be loaded ({type(error).__name__}): use a file that this script saved.")
     if version != FILE_VERSION:
         sys.exit(f"{path} has format {version}, this script reads {FILE_VERSION}: use the script that wrote it.")
-    return state
+    return saved
 
 
-def load_agent(agent, path, env_id):
-    """Put a saved model into `agent`. Exits with a sentence if it is of another environment or other sizes."""
-    state = load_file(path)
-    if state["args"]["env_id"] != env_id:
-        sys.exit(f"{path} was trained on {state['args']['env_id']}, not on {env_id}: change one of the two.")
+def load_agent(agent, saved, env_id):
+    """Put a loaded model into `agent`. Exits with a sentence if it is of another environment or other sizes."""
+    if saved["args"]["env_id"] != env_id:
+        sys.exit(f"The saved model was trained on {saved['args']['env_id']}, not on {env_id}: change --env-id.")
     try:
-        agent.load_state_dict(state["agent"])
-    except RuntimeError as error:
-        sys.exit(f"{path} holds other networks than this script's: use one that it saved. {error}")
+        agent.load_state_dict(saved["agent"])
+    except RuntimeError:
+        sys.exit("The saved model has networks of other names or sizes: use one that this script saved for --env-id.")
+
+
+def get_random_states(sampling_generator):
+    """The states of all random number generators, in types that load without pickle."""
+    name, keys, *position = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    states = {"python": random.getstate(), "numpy": (name, keys.tolist(), *position), "torch": torch.get_rng_state()}
+    return {**states, "cuda": cuda, "sampling": sampling_generator.get_state()}
+
+
+def set_random_states(states, sampling_generator):
+    """Undo of `get_random_states`."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    torch.cuda.set_rng_state_all(states["cuda"])
+    sampling_generator.set_state(states["sampling"])
+
+
+def one_sentence(kind, error, traceback):
+    """Excepthook: what the machine refuses (a full disk, a missing package or permission) needs no traceback."""
+    if issubclass(kind, (OSError, ImportError, KeyboardInterrupt)):
+        print(f"Stopped, start it or --resume it again without the cause: {kind.__name__} {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
 
 
 if __name__ == "__main__":
+    sys.excepthook = one_sentence
     args = tyro.cli(Args)
-    check_args(args)
+    at_least_1 = "batch_size eval_frequency eval_episodes eval_envs max_episodes"
+    check_args(args, at_least_1, "at least 1", lambda x: x >= 1)
+    check_args(args, "total_updates beta", "at least 0", lambda x: 0 <= x < math.inf)
+    check_args(args, "learning_rate max_weight reward_scale", "more than 0", lambda x: 0 < x < math.inf)
+    check_args(args, "expectile", "between 0 and 1", lambda x: 0 < x < 1)
+    check_args(args, "gamma tau", "from 0 to 1", lambda x: 0 <= x <= 1)
+    check_args(args, "actor_dropout", "at least 0 and below 1", lambda x: 0 <= x < 1)
+    check_args(args, "seed", "from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32)
     run_dir = Path(f"runs/{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    saved = load_file(args.checkpoint) if args.checkpoint else None
+    if args.resume:
+        run_dir = Path(args.resume)
+        saved = load_file(run_dir / "checkpoint.pt")
+        args = Args(**{**saved["args"], "resume": args.resume})
     if args.track:
-        try:
-            import wandb
-        except ImportError:
-            sys.exit("--track needs wandb, which is not installed: run `pip install wandb` or leave out --track.")
+        import wandb
 
     # env setup: before anything starts a thread, see make_eval_envs
     num_envs = min(args.eval_envs, args.eval_episodes)
@@ -451,30 +492,41 @@ if __name__ == "__main__":
     agent = Agent(math.prod(obs_space.shape), math.prod(action_space.shape))
     agent.actor.action_scale.copy_(torch.as_tensor((action_space.high - action_space.low).flatten() / 2))
     agent.actor.action_bias.copy_(torch.as_tensor((action_space.high + action_space.low).flatten() / 2))
-    if args.checkpoint:
-        load_agent(agent, args.checkpoint, args.env_id)
-    reference = {}
+    if saved:
+        load_agent(agent, saved, args.env_id)
+    returns_before = {}
     if args.total_updates > 0:
         dataset = find_dataset(args.env_id, args.dataset_id)
         args.dataset_id = dataset.id
         transitions, dataset_returns = load_transitions(
             dataset, args.env_id, obs_space, action_space, args.max_episodes
         )
-        if args.normalize_obs and not args.checkpoint:
+        if args.normalize_obs and not saved:
             agent.actor.obs_mean.copy_(transitions["observations"].mean(0))
             agent.actor.obs_std.copy_(transitions["observations"].std(0) + 1e-3)
         for name in ("observations", "next_observations"):
             transitions[name].sub_(agent.actor.obs_mean).div_(agent.actor.obs_std)
         transitions["rewards"].mul_(args.reward_scale)
         transitions = {name: tensor.to(device) for name, tensor in transitions.items()}
-        rng, shape = np.random.default_rng(EVAL_SEED), (num_envs, *action_space.shape)
-        random_returns, _ = evaluate(envs, lambda _: rng.uniform(action_space.low, action_space.high, shape), 20)
-        reference = {"dataset": dataset_returns, "random": random_returns}
+        if not args.resume:
+            rng, shape = np.random.default_rng(EVAL_SEED), (num_envs, *action_space.shape)
+            random_returns, _ = evaluate(envs, lambda _: rng.uniform(action_space.low, action_space.high, shape), 20)
+            returns_before = {"dataset": dataset_returns, "random": random_returns}
     agent.to(device)
     optimizers = make_optimizers(agent, args.learning_rate)
     actor_scheduler = optim.lr_scheduler.CosineAnnealingLR(optimizers[1], max(args.total_updates, 1))
 
+    # where the run stands: scalars are the latest losses, evaluations the rows of evaluations.csv
+    first_step, scalars, evaluations, start_time = 0, {}, [], time.time()
+    if args.resume:
+        first_step, scalars, evaluations = saved["global_step"], saved["scalars"], saved["evaluations"]
+        start_time -= saved["wall_seconds"]
+        for stateful, state in zip([*optimizers, actor_scheduler], saved["optimizers"], strict=True):
+            stateful.load_state_dict(state)
+        set_random_states(saved["random_states"], sampling_generator)
+
     # logging
+    run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
     if args.track:
         wandb.init(
             project=args.wandb_project_name,
@@ -485,51 +537,86 @@ if __name__ == "__main__":
             monitor_gym=True,
             save_code=True,
         )
-    writer = SummaryWriter(run_dir)
+    writer = SummaryWriter(run_dir, purge_step=first_step if args.resume else None)
     writer.add_text(
         "hyperparameters",
         "|param|value|\n|-|-|\n%s" % ("\n".join([f"|{key}|{value}|" for key, value in vars(args).items()])),
     )
-    evaluations = open(run_dir / "evaluations.csv", "w")
+    evaluations_file = open(run_dir / "evaluations.csv", "w")
     columns = "global_step,episodic_return_mean,episodic_return_std,normalized_score,success_rate,wall_seconds"
-    evaluations.write(columns + "\n")
-    print(f"{run_dir}: {args.env_id} with {args.dataset_id} on {device}")
-    for name, returns in reference.items():
+    evaluations_file.writelines(f"{row}\n" for row in [columns, *evaluations])
+    print(f"{run_dir}: {args.env_id} with {args.dataset_id} on {device}, from update {first_step}")
+    for name, returns in returns_before.items():
         summary = ", ".join(f"{key}={value:.2f}" for key, value in summarize(args.env_id, returns).items())
         print(f"{name}: {summary} (std {returns.std():.2f}, {len(returns)} episodes)")
         writer.add_scalar(f"charts/{name}_return", returns.mean(), 0)
 
+    # SIGINT and SIGTERM end the run after the update, with a checkpoint; a second one ends it at once
+    stop_signals = []
+
+    def request_stop(signum, frame):
+        stop_signals.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, request_stop)
+    signal.signal(signal.SIGTERM, request_stop)
+
     # training: global_step counts the updates done
-    start_time, evaluation_seconds = time.time(), 0.0
-    bar = tqdm(range(args.total_updates + 1), unit=" updates")
+    loop_start, evaluation_seconds = time.time(), 0.0
+    bar = tqdm(range(first_step, args.total_updates + 1), initial=first_step, total=args.total_updates, unit=" updates")
     for global_step in bar:
-        if global_step > 0:
+        if global_step > first_step:
             size = (args.batch_size,)
             indices = torch.randint(len(transitions["rewards"]), size, generator=sampling_generator, device=device)
             data = {name: tensor[indices] for name, tensor in transitions.items()}
             metrics = update(agent, optimizers, data, args)
             actor_scheduler.step()
 
-        evaluation_due = global_step % args.eval_frequency == 0 or global_step == args.total_updates
-        if global_step > 0 and (global_step % 500 == 0 or evaluation_due):  # nowhere else the device is waited for
-            metrics["clipped_weights"] = (metrics["weights"] >= args.max_weight).float()
-            for name, tensor in metrics.items():
-                writer.add_scalar(f"losses/{name}", tensor.mean().item(), global_step)
-            training_seconds = time.time() - start_time - evaluation_seconds
-            writer.add_scalar("charts/SPS", global_step / training_seconds, global_step)
+        stopping = len(stop_signals) > 0 and global_step < args.total_updates
+        evaluating = global_step % args.eval_frequency == 0 or global_step == args.total_updates
+        if not (stopping or evaluating or global_step % 500 == 0):
+            continue  # the loop waits for the device only below
 
-        if evaluation_due:
+        if global_step > first_step:
+            metrics["clipped_weights"] = (metrics["weights"] >= args.max_weight).float()
+            scalars = {f"losses/{name}": tensor.mean().item() for name, tensor in metrics.items()}
+            training_seconds = time.time() - loop_start - evaluation_seconds
+            scalars["charts/SPS"] = (global_step - first_step) / training_seconds
+            if not all(map(math.isfinite, scalars.values())):
+                sys.exit(f"A loss is NaN or infinite at update {global_step}: lower --learning-rate or --reward-scale.")
+        if stopping or evaluating:
+            writer.flush()
+            state = {
+                "args": vars(args),
+                "agent": agent.state_dict(),
+                "optimizers": [stateful.state_dict() for stateful in (*optimizers, actor_scheduler)],
+                "random_states": get_random_states(sampling_generator),
+                "global_step": global_step,
+                "scalars": scalars,
+                "evaluations": evaluations,
+                "wall_seconds": time.time() - start_time,
+            }
+            save_file(state, run_dir / "checkpoint.pt")
+        if stopping:
+            bar.close()
+            print(f"Stopped after update {global_step}, go on with --resume {run_dir}", file=sys.stderr)
+            sys.exit(128 + stop_signals[0])
+        for tag, value in scalars.items():
+            writer.add_scalar(tag, value, global_step)
+
+        if evaluating:
             evaluation_start = time.time()
             returns, successes = evaluate(envs, agent.actor.act, args.eval_episodes)
             evaluation_seconds += time.time() - evaluation_start
             result = summarize(args.env_id, returns, successes)
-            for key, value in result.items():
-                writer.add_scalar(f"charts/{key}", value, global_step)
-            score, success_rate = result.get("normalized_score", ""), result.get("success_rate", "")
-            row = (global_step, returns.mean(), returns.std(), score, success_rate, time.time() - start_time)
-            evaluations.write(",".join(map(str, row)) + "\n")
-            evaluations.flush()
-            summary = ", ".join(f"{key}={value:.2f}" for key, value in result.items())
+            for name, value in result.items():
+                writer.add_scalar(f"charts/{name}", value, global_step)
+            row = [global_step, returns.mean(), returns.std()]
+            row += [result.get("normalized_score", ""), result.get("success_rate", ""), time.time() - start_time]
+            evaluations.append(",".join(map(str, row)))
+            evaluations_file.write(evaluations[-1] + "\n")
+            evaluations_file.flush()
+            summary = ", ".join(f"{name}={value:.2f}" for name, value in result.items())
             bar.set_postfix_str(summary)
             tqdm.write(f"global_step={global_step}, {summary}")
 
@@ -537,6 +624,6 @@ if __name__ == "__main__":
         save_file({"args": vars(args), "agent": agent.state_dict()}, run_dir / "model.pt")
         print(f"model saved to {run_dir / 'model.pt'}")
     envs.close()
-    evaluations.close()
+    evaluations_file.close()
     writer.close()
     print(f"final: {args.env_id} with {args.dataset_id}, {args.total_updates} updates, seed {args.seed}: {summary}")
