@@ -1,6 +1,7 @@
 # Implicit Q-Learning (Kostrikov, Nair and Levine 2021, https://arxiv.org/abs/2110.06169), offline, in one file.
 # Every update is the official implementation's: https://github.com/ikostrikov/implicit_q_learning
 import io
+import json
 import math
 import os
 import random
@@ -174,8 +175,9 @@ def evaluate(envs, policy, episodes):
                 running &= ~(terminations | truncations)
             returns, successes = np.append(returns, episodic_return), np.append(successes, success)
     except (EOFError, ConnectionError) as error:
+        time.sleep(1)  # the exit code comes a moment after the broken pipe
         codes = [process.exitcode for process in envs.processes if not process.is_alive()]
-        sys.exit(f"An evaluation process died (exit code {codes}, {type(error).__name__}): was memory short?")
+        sys.exit(f"An evaluation process died (exit code {codes}, {type(error).__name__}): free memory, then --resume.")
     return returns[:episodes], successes[:episodes] if reports_success else None
 
 
@@ -191,7 +193,7 @@ def summarize(env_id, returns, successes=None):
 
 
 def find_dataset(env_id, dataset_id=None):
-    """Open a Minari dataset: from the local root, else downloaded. Exits with a sentence if there is none.
+    """Open a Minari dataset, downloading it if need be: returns (dataset, id). Exits with a sentence if there is none.
 
     Without `dataset_id` it is D4RL's expert set of the Adroit task or, where that cannot be had, the small one that
     comes with this file in tests/datasets.
@@ -208,18 +210,24 @@ def find_dataset(env_id, dataset_id=None):
             minari.download_dataset(wanted)
         except Exception as error:  # whatever the libraries between here and the server raise
             sentence = f"{wanted} could not be downloaded ({type(error).__name__})"
-            path = bundled / bundled_id
+            wanted, path = bundled_id, bundled / bundled_id
             if dataset_id is not None or not path.exists():
                 sys.exit(f"{sentence}: check the network and the id, `minari list remote` lists all.")
             line = "!" * 80
             print(f"{line}\n{sentence}.\nUsing the small {bundled_id}: its scores are not D4RL scores.\n{line}")
     try:
-        return minari.MinariDataset(path / "data")
+        # without spaces in the metadata Minari would ask the environment that they name, and run whatever that is
+        if (
+            not {"observation_space", "action_space"}
+            <= json.loads((path / "data" / "metadata.json").read_text()).keys()
+        ):
+            raise ValueError("metadata.json names no spaces")
+        return minari.MinariDataset(path / "data"), wanted
     except Exception as error:  # a damaged file can raise anything
-        sys.exit(f"{wanted} cannot be read, delete {path} to download it again: {type(error).__name__}: {error}")
+        sys.exit(f"{wanted} cannot be read, delete {path} and get it again: {type(error).__name__}: {error}")
 
 
-def load_transitions(dataset, env_id, observation_space, action_space, max_episodes=None):
+def load_transitions(dataset, observation_space, action_space, max_episodes=None):
     """Read a Minari dataset into float32 CPU tensors; actions are scaled to [-1, 1].
 
     Returns (transitions, episodic_returns): a dict of `observations` (N, obs_dim), `actions` (N, act_dim), `rewards`
@@ -229,19 +237,20 @@ def load_transitions(dataset, env_id, observation_space, action_space, max_episo
     for name, space in (("observation_space", observation_space), ("action_space", action_space)):
         found = getattr(dataset, name)
         if not isinstance(found, gym.spaces.Box) or found.shape != space.shape:
-            sys.exit(f"{dataset.id} does not fit {env_id}: its {name} is {found}, the environment's {space}.")
+            sys.exit(f"{dataset.id} is not for this environment: its {name} is {found}, the environment's {space}.")
     columns = {name: [] for name in ("observations", "actions", "rewards", "next_observations", "terminations")}
     total = min(dataset.total_episodes, max_episodes or dataset.total_episodes)
     try:
         for episode in tqdm(dataset.iterate_episodes(range(total)), "reading", total, unit=" episodes"):
             # T + 1 observations and T of everything else: next observations never cross an episode's end
-            observations = episode.observations.reshape(len(episode.observations), -1).astype(np.float32)
+            T = len(episode.rewards)
+            observations = episode.observations.reshape(T + 1, math.prod(observation_space.shape)).astype(np.float32)
             columns["observations"].append(observations[:-1])
-            columns["actions"].append(episode.actions.reshape(len(episode.actions), -1).astype(np.float32))
+            columns["actions"].append(episode.actions.reshape(T, math.prod(action_space.shape)).astype(np.float32))
             columns["rewards"].append(episode.rewards.astype(np.float32))
             columns["next_observations"].append(observations[1:])
             # a truncation is not the task's end: only a termination cuts the bootstrap
-            columns["terminations"].append(episode.terminations.astype(np.float32))
+            columns["terminations"].append(episode.terminations.reshape(T).astype(np.float32))
     except Exception as error:  # a damaged file can raise anything
         sys.exit(f"{dataset.id} cannot be read, delete it and get it again: {type(error).__name__}: {error}")
     if sum(map(len, columns["rewards"])) == 0:
@@ -496,11 +505,8 @@ if __name__ == "__main__":
         load_agent(agent, saved, args.env_id)
     returns_before = {}
     if args.total_updates > 0:
-        dataset = find_dataset(args.env_id, args.dataset_id)
-        args.dataset_id = dataset.id
-        transitions, dataset_returns = load_transitions(
-            dataset, args.env_id, obs_space, action_space, args.max_episodes
-        )
+        dataset, args.dataset_id = find_dataset(args.env_id, args.dataset_id)
+        transitions, dataset_returns = load_transitions(dataset, obs_space, action_space, args.max_episodes)
         if args.normalize_obs and not saved:
             agent.actor.obs_mean.copy_(transitions["observations"].mean(0))
             agent.actor.obs_std.copy_(transitions["observations"].std(0) + 1e-3)

@@ -27,7 +27,9 @@ def expectile_by_bisection(sample, expectile):
 def test_the_minimizer_of_the_expectile_loss_is_the_expectile(script, expectile):
     sample = np.random.default_rng(0).gamma(2.0, size=1000)
     m = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([m], max_iter=100, tolerance_grad=1e-12, tolerance_change=0.0, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [m], max_iter=100, tolerance_grad=1e-12, tolerance_change=0.0, line_search_fn="strong_wolfe"
+    )
 
     def closure():
         optimizer.zero_grad()
@@ -136,7 +138,7 @@ def test_transitions_never_cross_an_episode_and_truncations_are_no_terminations(
     dataset = minari.create_dataset_from_buffers(
         "test/counting-v0", buffers, observation_space=observation_space, action_space=action_space
     )
-    transitions, returns = script.load_transitions(dataset, "Counting", observation_space, action_space, max_episodes=2)
+    transitions, returns = script.load_transitions(dataset, observation_space, action_space, max_episodes=2)
     assert transitions["observations"].flatten().tolist() == [10, 11, 12, 20, 21, 22]
     assert transitions["next_observations"].flatten().tolist() == [11, 12, 13, 21, 22, 23]
     assert transitions["terminations"].tolist() == [0, 0, 1, 0, 0, 0]
