@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -417,8 +418,11 @@ def save_file(state, path):
 def load_file(path):
     """Read a model or checkpoint without executing anything in it. Exits with a sentence if it cannot be used."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if archive.testzip():
+                raise ValueError("its checksum is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        version = saved["version"]
+        version, _, _ = saved["version"], saved["agent"], saved["args"]["env_id"]
     except Exception as error:  # a damaged file can raise anything
         sys.exit(f"{path} cannot be loaded ({type(error).__name__}): use a file that this script saved.")
     if version != FILE_VERSION:
@@ -477,6 +481,8 @@ if __name__ == "__main__":
     if args.resume:
         run_dir = Path(args.resume)
         saved = load_file(run_dir / "checkpoint.pt")
+        if "optimizers" not in saved or saved["args"].keys() != vars(args).keys():
+            sys.exit(f"{run_dir} is not a run of this script or this version: resume it with the one that began it.")
         args = Args(**{**saved["args"], "resume": args.resume})
     if args.track:
         import wandb
@@ -525,6 +531,10 @@ if __name__ == "__main__":
     # where the run stands: scalars are the latest losses, evaluations the rows of evaluations.csv
     first_step, scalars, evaluations, start_time = 0, {}, [], time.time()
     if args.resume:
+        if saved["device"] != device.type:
+            sys.exit(
+                f"{run_dir} ran on {saved['device']}, this is {device.type}: resume it where its random numbers are."
+            )
         first_step, scalars, evaluations = saved["global_step"], saved["scalars"], saved["evaluations"]
         start_time -= saved["wall_seconds"]
         for stateful, state in zip([*optimizers, actor_scheduler], saved["optimizers"], strict=True):
@@ -594,6 +604,7 @@ if __name__ == "__main__":
             writer.flush()
             state = {
                 "args": vars(args),
+                "device": device.type,
                 "agent": agent.state_dict(),
                 "optimizers": [stateful.state_dict() for stateful in (*optimizers, actor_scheduler)],
                 "random_states": get_random_states(sampling_generator),

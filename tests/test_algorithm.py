@@ -8,8 +8,9 @@ import torch
 from minari.data_collector import EpisodeBuffer
 
 import iql_continuous
+import iql_finetune
 
-SCRIPTS = pytest.mark.parametrize("script", [iql_continuous], ids=lambda script: script.__name__)
+SCRIPTS = pytest.mark.parametrize("script", [iql_continuous, iql_finetune], ids=lambda script: script.__name__)
 
 
 def expectile_by_bisection(sample, expectile):

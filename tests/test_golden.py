@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import iql_continuous
+import iql_finetune
 
 OBS_DIM, ACT_DIM, BATCH, UPDATES = 46, 26, 256, 20
 GOLDEN = np.load(Path(__file__).parent / "golden" / "official_iql_20_updates.npz")
 COLUMNS = ("v_loss", "qf_loss", "actor_loss", "v_values", "qf_values", "advantages")
-SCRIPTS = [iql_continuous]
+SCRIPTS = [iql_continuous, iql_finetune]
 
 
 def golden_agent(script):

@@ -1,0 +1,106 @@
+"""What iql_finetune.py adds to iql_continuous.py, and that the rest of the two is the same text."""
+
+import ast
+import inspect
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import iql_continuous
+import iql_finetune
+
+
+def definitions(script):
+    """Source text of every function, class and constant at the top level of a script."""
+    source = inspect.getsource(script)
+    texts = {}
+    for node in ast.parse(source).body:
+        names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
+        if isinstance(node, ast.Assign):
+            names = [ast.unparse(node.targets[0])]
+        decorators = [ast.get_source_segment(source, d) for d in getattr(node, "decorator_list", [])]
+        texts |= {name: (decorators, ast.get_source_segment(source, node)) for name in names}
+    return texts
+
+
+def test_what_both_scripts_define_is_the_same_text():
+    continuous, finetune = definitions(iql_continuous), definitions(iql_finetune)
+    shared = continuous.keys() & finetune.keys() - {"Args"}
+    assert {"update", "Actor", "Critic", "evaluate", "load_transitions", "save_file", "ADROIT"} <= shared
+    assert [name for name in shared if continuous[name] != finetune[name]] == []
+    assert continuous.keys() - finetune.keys() == set()
+
+
+def test_arguments_of_both_scripts_differ_only_where_they_should():
+    continuous, finetune = vars(iql_continuous.Args()), vars(iql_finetune.Args())
+    assert continuous.keys() - finetune.keys() == {"total_updates"}
+    assert finetune.keys() - continuous.keys() == {
+        *("offline_updates", "online_steps", "updates_per_step", "num_envs"),
+        *("buffer_size", "offline_fraction", "exploration_scale"),
+    }
+
+
+def counting_transitions(values):
+    column = torch.tensor(values, dtype=torch.float32)
+    transitions = {name: column[:, None] for name in ("observations", "actions", "next_observations")}
+    return {**transitions, "rewards": column, "terminations": column}
+
+
+def test_a_full_ring_overwrites_the_oldest_online_data_and_never_the_dataset():
+    rb = iql_finetune.ReplayBuffer(counting_transitions([0, 1, 2]), buffer_size=7, device="cpu")
+    for value in range(10, 20, 2):
+        rb.add(counting_transitions([value, value + 1]))
+        assert rb.storage["rewards"][:3].tolist() == [0, 1, 2]
+    # ten were added to a ring of four: the last four are left
+    assert sorted(rb.storage["rewards"][3:].tolist()) == [16, 17, 18, 19]
+    for tensor in rb.storage.values():
+        assert tensor.flatten().tolist() == rb.storage["rewards"].tolist()
+    # the next one replaces the oldest, also in a buffer restored from a checkpoint
+    restored = iql_finetune.ReplayBuffer(counting_transitions([0, 1, 2]), buffer_size=7, device="cpu")
+    restored.load_online(rb.online(), rb.position)
+    for buffer in (rb, restored):
+        buffer.add(counting_transitions([20]))
+        assert sorted(buffer.storage["rewards"].tolist()) == [0, 1, 2, 17, 18, 19, 20]
+
+
+@pytest.mark.parametrize("offline_fraction, share", [(None, 30 / 40), (0.25, 0.25), (0.0, 0.0), (1.0, 1.0)])
+def test_batches_hold_the_asked_share_of_the_dataset(offline_fraction, share):
+    rb = iql_finetune.ReplayBuffer(counting_transitions([0] * 30), buffer_size=50, device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    assert rb.sample(64, offline_fraction, generator)["rewards"].sum() == 0  # there is nothing else yet
+    rb.add(counting_transitions([1] * 10))
+    batch = rb.sample(10_000, offline_fraction, generator)
+    assert 1 - batch["rewards"].mean().item() == pytest.approx(share, abs=0.02 if offline_fraction is None else 1e-6)
+
+
+def test_exploration_is_the_policys_gaussian_times_a_scale_inside_the_bounds():
+    torch.manual_seed(0)
+    actor = iql_finetune.Actor(3, 2)
+    actor.log_std.data[:] = torch.tensor([-2.0, -3.0])
+    actor.action_scale[:], actor.action_bias[:] = 2.0, 1.0
+    obs = torch.zeros(20_000, 3)
+    actions, env_actions = iql_finetune.explore(actor, obs, 0.5, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(actions.mean(0), actor(obs[:1])[0][0], atol=0.01, rtol=0)
+    torch.testing.assert_close(actions.std(0), 0.5 * torch.tensor([-2.0, -3.0]).exp(), atol=0.002, rtol=0)
+    np.testing.assert_allclose(env_actions, actions * 2 + 1)
+    actor.log_std.data[:] = 2.0
+    actions, _ = iql_finetune.explore(actor, obs, 1.0, torch.Generator().manual_seed(0))
+    assert actions.abs().max() == 1
+
+
+def test_the_environments_step_returns_what_the_script_counts_on_where_an_episode_ends():
+    """The script stores infos["final_obs"] as the next observation: no autoreset step may come between."""
+    envs = gym.vector.SyncVectorEnv([iql_finetune.make_env("AdroitHandPen-v1")] * 2, autoreset_mode="SameStep")
+    envs.reset(seed=0)
+    actions = np.zeros(envs.action_space.shape)
+    for _ in range(99):
+        last_obs, _, _, truncations, _ = envs.step(actions)
+        assert not truncations.any()
+    first_obs, rewards, terminations, truncations, infos = envs.step(actions)
+    assert truncations.all() and not terminations.any() and (rewards != 0).all()
+    for idx in range(2):
+        # one step of the hand away from the step before, unlike the reset that follows
+        assert np.abs(infos["final_obs"][idx] - last_obs[idx]).max() < np.abs(first_obs[idx] - last_obs[idx]).max()
+    assert "success" in infos["final_info"]
