@@ -510,7 +510,9 @@ if __name__ == "__main__":
     if saved:
         load_agent(agent, saved, args.env_id)
     returns_before = {}
-    if args.total_updates > 0:
+    if args.total_updates == 0 and saved:
+        args.dataset_id = saved["args"]["dataset_id"]
+    elif args.total_updates > 0:
         dataset, args.dataset_id = find_dataset(args.env_id, args.dataset_id)
         transitions, dataset_returns = load_transitions(dataset, obs_space, action_space, args.max_episodes)
         if args.normalize_obs and not saved:
@@ -579,14 +581,15 @@ if __name__ == "__main__":
 
     # training: global_step counts the updates done
     loop_start, evaluation_seconds = time.time(), 0.0
-    bar = tqdm(range(first_step, args.total_updates + 1), initial=first_step, total=args.total_updates, unit=" updates")
-    for global_step in bar:
+    bar = tqdm(total=args.total_updates, initial=first_step, unit=" updates", disable=args.total_updates == 0)
+    for global_step in range(first_step, args.total_updates + 1):
         if global_step > first_step:
             size = (args.batch_size,)
             indices = torch.randint(len(transitions["rewards"]), size, generator=sampling_generator, device=device)
             data = {name: tensor[indices] for name, tensor in transitions.items()}
             metrics = update(agent, optimizers, data, args)
             actor_scheduler.step()
+            bar.update()
 
         stopping = len(stop_signals) > 0 and global_step < args.total_updates
         evaluating = global_step % args.eval_frequency == 0 or global_step == args.total_updates
@@ -637,6 +640,7 @@ if __name__ == "__main__":
             bar.set_postfix_str(summary)
             tqdm.write(f"global_step={global_step}, {summary}")
 
+    bar.close()
     if args.save_model:
         save_file({"args": vars(args), "agent": agent.state_dict()}, run_dir / "model.pt")
         print(f"model saved to {run_dir / 'model.pt'}")

@@ -663,8 +663,8 @@ if __name__ == "__main__":
     online_args = dataclasses.replace(args, actor_dropout=0.0)
     obs = None  # no online episode is under way yet; one that was when a run stopped is not restored
     loop_start, evaluation_seconds = time.time(), 0.0
-    bar = tqdm(range(first_step, total_updates + 1), initial=first_step, total=total_updates, unit=" updates")
-    for global_step in bar:
+    bar = tqdm(total=total_updates, initial=first_step, unit=" updates")
+    for global_step in range(first_step, total_updates + 1):
         if global_step > first_step:
             online_update = global_step - offline_updates - 1  # counts from 0, negative while offline
             if online_update >= 0 and online_update % (args.num_envs * args.updates_per_step) == 0:
@@ -700,6 +700,7 @@ if __name__ == "__main__":
                 episodic_return[done], success[done] = 0.0, False
             data = rb.sample(args.batch_size, args.offline_fraction, sampling_generator)
             metrics = update(agent, optimizers, data, args if online_update < 0 else online_args)
+            bar.update()
 
         stopping = len(stop_signals) > 0 and global_step < total_updates
         evaluating = global_step % args.eval_frequency == 0 or global_step in (offline_updates, total_updates)
@@ -758,6 +759,7 @@ if __name__ == "__main__":
             bar.set_postfix_str(summary)
             tqdm.write(f"global_step={global_step}, {summary}")
 
+    bar.close()
     if args.save_model:
         save_file({"args": vars(args), "agent": agent.state_dict()}, run_dir / "model.pt")
         print(f"model saved to {run_dir / 'model.pt'}")
