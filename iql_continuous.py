@@ -194,7 +194,7 @@ def summarize(env_id, returns, successes=None):
 
 
 def find_dataset(env_id, dataset_id=None):
-    """Open a Minari dataset, downloading it if need be: returns (dataset, id). Exits with a sentence if there is none.
+    """Open a Minari dataset, downloading it if need be. Exits with a sentence if there is none.
 
     Without `dataset_id` it is D4RL's expert set of the Adroit task or, where that cannot be had, the small one that
     comes with this file in tests/datasets.
@@ -223,7 +223,10 @@ def find_dataset(env_id, dataset_id=None):
             <= json.loads((path / "data" / "metadata.json").read_text()).keys()
         ):
             raise ValueError("metadata.json names no spaces")
-        return minari.MinariDataset(path / "data"), wanted
+        dataset = minari.MinariDataset(path / "data")
+        if dataset.id != wanted:
+            raise ValueError(f"it calls itself {dataset.id}")
+        return dataset
     except Exception as error:  # a damaged file can raise anything
         sys.exit(f"{wanted} cannot be read, delete {path} and get it again: {type(error).__name__}: {error}")
 
@@ -513,7 +516,8 @@ if __name__ == "__main__":
     if args.total_updates == 0 and saved:
         args.dataset_id = saved["args"]["dataset_id"]
     elif args.total_updates > 0:
-        dataset, args.dataset_id = find_dataset(args.env_id, args.dataset_id)
+        dataset = find_dataset(args.env_id, args.dataset_id)
+        args.dataset_id = dataset.id
         transitions, dataset_returns = load_transitions(dataset, obs_space, action_space, args.max_episodes)
         if args.normalize_obs and not saved:
             agent.actor.obs_mean.copy_(transitions["observations"].mean(0))
