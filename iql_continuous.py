@@ -206,7 +206,10 @@ def find_dataset(env_id, dataset_id=None):
     local, bundled = minari.storage.get_dataset_path(), Path(__file__).parent / "tests" / "datasets"
     path = bundled / wanted if (bundled / wanted / "data").exists() else local / wanted
     if not (path / "data").exists():
-        print(f"{path} does not exist: downloading {wanted} (without a network this gives up after half a minute) ...")
+        print(
+            f"{path} does not exist: downloading {wanted} (without a network this gives up in half a minute) ...",
+            flush=True,
+        )
         try:
             minari.download_dataset(wanted)
         except Exception as error:  # whatever the libraries between here and the server raise
@@ -218,10 +221,8 @@ def find_dataset(env_id, dataset_id=None):
             print(f"{line}\n{sentence}.\nUsing the small {bundled_id}: its scores are not D4RL scores.\n{line}")
     try:
         # without spaces in the metadata Minari would ask the environment that they name, and run whatever that is
-        if (
-            not {"observation_space", "action_space"}
-            <= json.loads((path / "data" / "metadata.json").read_text()).keys()
-        ):
+        metadata = json.loads((path / "data" / "metadata.json").read_text())
+        if not {"observation_space", "action_space"} <= metadata.keys():
             raise ValueError("metadata.json names no spaces")
         dataset = minari.MinariDataset(path / "data")
         if dataset.id != wanted:
