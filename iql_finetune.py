@@ -74,7 +74,7 @@ class Args:
     """number of parallel environments to collect with"""
     offline_fraction: Optional[float] = None
     """share of every online batch that is drawn from the dataset (default: uniform over the whole buffer)"""
-    exploration_scale: float = 1.0
+    exploration_scale: float = 0.3
     """factor on the policy's standard deviation while it collects"""
     batch_size: int = 256
     """the batch size of samples from the dataset"""
@@ -94,8 +94,8 @@ class Args:
     """dropout rate of the actor's hidden layers in the offline phase; online there is none"""
     normalize_obs: bool = True
     """if toggled, observations are standardized with the dataset's mean and standard deviation"""
-    reward_scale: float = 1.0
-    """factor on the rewards that are learned from; reported returns are unscaled"""
+    reward_scale: float = 0.05
+    """factor on the rewards that are learned from, not on what is reported; 0.05 suits Adroit, whose returns are thousands"""
     eval_frequency: int = 5000
     """number of updates between two evaluations"""
     eval_episodes: int = 20
