@@ -95,7 +95,7 @@ class Args:
     normalize_obs: bool = True
     """if toggled, observations are standardized with the dataset's mean and standard deviation"""
     reward_scale: float = 0.05
-    """factor on the rewards that are learned from, not on what is reported; 0.05 suits Adroit, whose returns are thousands"""
+    """factor on the rewards that are learned from; 0.05 suits the thousands that Adroit episodes return"""
     eval_frequency: int = 5000
     """number of updates between two evaluations"""
     eval_episodes: int = 20
