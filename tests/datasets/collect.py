@@ -1,4 +1,4 @@
-"""Record a bundled dataset: rollouts of a policy that iql_continuous.py trained, with its own exploration noise.
+"""Record a bundled dataset: rollouts of a policy that iql_continuous.py trained, with exploration noise.
 
     python tests/datasets/collect.py runs/RUN/model.pt     # writes tests/datasets/bundled/{task}/demos-v0
 
@@ -21,17 +21,18 @@ import iql_continuous as iql  # noqa: E402
 
 EPISODES = 25  # like D4RL's human sets
 SEED = 2_000_000  # reset seeds count from here, away from the evaluation's
+NOISE = 0.5  # in units of the policy's own standard deviation
 
 
 def rollout(env, actor, seed, generator):
-    """One episode with actions sampled from the policy's Gaussian, clipped to the bounds."""
+    """One episode with actions sampled around the policy's mean, clipped to the bounds."""
     obs, _ = env.reset(seed=seed)
     steps = {name: [] for name in ("actions", "rewards", "terminations", "truncations")}
     observations, success, done = [obs], False, False
     while not done:
         with torch.no_grad():
             mean, log_std = actor(actor.normalize(obs[None]))
-            action = mean + log_std.exp() * torch.randn(mean.shape, generator=generator)
+            action = mean + NOISE * log_std.exp() * torch.randn(mean.shape, generator=generator)
         action = (action.clamp(-1, 1) * actor.action_scale + actor.action_bias)[0].numpy()
         obs, reward, terminated, truncated, info = env.step(action)
         observations.append(obs)
