@@ -9,6 +9,7 @@ import random
 import re
 import signal
 import sys
+import threading
 import time
 import zipfile
 from dataclasses import dataclass
@@ -191,7 +192,9 @@ def evaluate(envs, policy, episodes):
     except (EOFError, ConnectionError) as error:
         time.sleep(1)  # the exit code comes a moment after the broken pipe
         codes = [process.exitcode for process in envs.processes if not process.is_alive()]
-        sys.exit(f"An evaluation process died (exit code {codes}, {type(error).__name__}): free memory, then --resume.")
+        sys.exit(
+            f"An evaluation process died (exit codes {codes}, {type(error).__name__}): remove the cause and --resume."
+        )
     return returns[:episodes], successes[:episodes] if reports_success else None
 
 
@@ -541,6 +544,7 @@ def explore(actor, obs, exploration_scale, generator):
 
 if __name__ == "__main__":
     sys.excepthook = one_sentence
+    threading.excepthook = lambda _: None  # TensorBoard raises its thread's exceptions again in this one
     args = tyro.cli(Args)
     at_least_1 = "batch_size eval_frequency eval_episodes eval_envs max_episodes updates_per_step num_envs buffer_size"
     check_args(args, at_least_1, "at least 1", lambda x: x >= 1)
@@ -611,7 +615,7 @@ if __name__ == "__main__":
     agent.to(device)
     optimizers = make_optimizers(agent, args.learning_rate)
 
-    # where the run stands: scalars are the latest losses, evaluations the rows of evaluations.csv
+    # where the run stands: scalars go to TensorBoard next, evaluations are the rows of evaluations.csv
     first_step, scalars, evaluations, start_time = 0, {}, [], time.time()
     before, online_successes = "", []  # the evaluation before fine-tuning, and each online episode's success
     if args.resume:
@@ -652,14 +656,17 @@ if __name__ == "__main__":
     for name, returns in returns_before.items():
         summary = ", ".join(f"{key}={value:.2f}" for key, value in summarize(args.env_id, returns).items())
         print(f"{name}: {summary} (std {returns.std():.2f}, {len(returns)} episodes)")
-        writer.add_scalar(f"charts/{name}_return", returns.mean(), 0)
+        scalars[f"charts/{name}_return"] = returns.mean().item()
 
     # SIGINT and SIGTERM end the run after the update, with a checkpoint; a second one ends it at once
     stop_signals = []
 
     def request_stop(signum, frame):
+        if stop_signals:
+            for process in eval_envs.processes:
+                process.kill()
+            os._exit(128 + signum)
         stop_signals.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
 
     signal.signal(signal.SIGINT, request_stop)
     signal.signal(signal.SIGTERM, request_stop)
@@ -671,6 +678,7 @@ if __name__ == "__main__":
     bar = tqdm(total=total_updates, initial=first_step, unit=" updates")
     for global_step in range(first_step, total_updates + 1):
         if global_step > first_step:
+            scalars = {}
             online_update = global_step - offline_updates - 1  # counts from 0, negative while offline
             if online_update >= 0 and online_update % (args.num_envs * args.updates_per_step) == 0:
                 if obs is None:
@@ -697,11 +705,11 @@ if __name__ == "__main__":
                 episodic_return += rewards
                 for info in (infos, final_info):
                     success |= np.asarray(info.get("success", False), dtype=bool)
-                for idx in np.flatnonzero(done):
-                    writer.add_scalar("charts/online_episodic_return", episodic_return[idx], global_step)
-                    if "success" in final_info:
-                        online_successes.append(success[idx].item())
-                        writer.add_scalar("charts/regret", 1 - np.mean(online_successes), global_step)
+                if done.any():
+                    scalars["charts/online_episodic_return"] = episodic_return[done].mean().item()
+                if "success" in final_info:
+                    online_successes += success[done].tolist()
+                    scalars["charts/regret"] = 1 - np.mean(online_successes).item()
                 episodic_return[done], success[done] = 0.0, False
             data = rb.sample(args.batch_size, args.offline_fraction, sampling_generator)
             metrics = update(agent, optimizers, data, args if online_update < 0 else online_args)
@@ -709,16 +717,16 @@ if __name__ == "__main__":
 
         stopping = len(stop_signals) > 0 and global_step < total_updates
         evaluating = global_step % args.eval_frequency == 0 or global_step in (offline_updates, total_updates)
-        if not (stopping or evaluating or global_step % 500 == 0):
-            continue  # the loop waits for the device only below
-
-        if global_step > first_step:
+        logging = evaluating or global_step % 500 == 0
+        if global_step > first_step and (logging or stopping):
+            # here, and nowhere else but in evaluations, the loop waits for the device
             metrics["clipped_weights"] = (metrics["weights"] >= args.max_weight).float()
-            scalars = {f"losses/{name}": tensor.mean().item() for name, tensor in metrics.items()}
-            training_seconds = time.time() - loop_start - evaluation_seconds
-            scalars["charts/SPS"] = (global_step - first_step) / training_seconds
-            if not all(map(math.isfinite, scalars.values())):
+            losses = {f"losses/{name}": tensor.mean().item() for name, tensor in metrics.items()}
+            if not all(map(math.isfinite, losses.values())):
                 sys.exit(f"A loss is NaN or infinite at update {global_step}: lower --learning-rate or --reward-scale.")
+            if logging:
+                training_seconds = time.time() - loop_start - evaluation_seconds
+                scalars |= {**losses, "charts/SPS": (global_step - first_step) / training_seconds}
         if stopping or evaluating:
             writer.flush()
             state = {

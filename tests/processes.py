@@ -1,0 +1,84 @@
+"""Starts the scripts as a user does, a process each, on the tiny environment and in a folder of the test's own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# 25 evaluations with a checkpoint each, in about two seconds
+RUN_LENGTHS = {
+    "iql_continuous": "--total-updates 240",
+    "iql_finetune": "--offline-updates 60 --online-steps 180 --buffer-size 1000",
+}
+SCRIPTS = list(RUN_LENGTHS)
+TINY = "--env-id tiny_env:Tiny-v0 --dataset-id tiny/good-v0 --no-cuda --batch-size 16 --save-model "
+TINY += "--eval-frequency 10 --eval-episodes 2 --eval-envs 2"
+
+
+def start(script, folder, arguments, **environment):
+    """Start a script in `folder`; what follows in `arguments` overrides the tiny run's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = script if isinstance(script, Path) else ROOT / f"{script}.py"
+    command = [sys.executable, path, *TINY.split(), *RUN_LENGTHS[path.stem].split(), *arguments.split()]
+    # bits must not depend on the number of cores; nothing is downloaded, and without a network that is known at once
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "tests"), **environment}
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process, timeout=120):
+    """Wait for a process and all it started, which hold its output open. Returns a CompletedProcess."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"the script or a process of it still ran after {timeout} s:\n{out}\n{err}") from None
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run(script, folder, arguments="", **environment):
+    """Run a script to its good end. Returns what it printed."""
+    done = finish(start(script, folder, arguments, **environment))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def assert_refused(done, *telling):
+    """The finished process failed, without a traceback, and its last line on stderr has all of the `telling` words."""
+    assert done.returncode != 0, done.stdout
+    assert "Traceback" not in done.stdout + done.stderr, done.stderr
+    sentence = done.stderr.strip().splitlines()[-1]
+    for words in telling:
+        assert words in sentence, done.stderr
+
+
+class Hostile:
+    """Unpickling it creates a file `executed` in the working directory."""
+
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def run_dir(folder):
+    (path,) = (folder / "runs").iterdir()
+    return path
+
+
+def wait_until(condition, process, timeout=120):
+    """Poll a condition that comes true while `process` runs."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, finish(process)
+        assert time.monotonic() < deadline, "what the test waits for never came"
+        time.sleep(0.0005)  # writing a checkpoint takes some milliseconds

@@ -1,0 +1,78 @@
+"""A tiny environment, its unusable variants and Minari datasets for it; `--env-id tiny_env:Tiny-v0` finds it."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+
+OBSERVATIONS = gym.spaces.Box(-10, 10, (3,))
+ACTIONS = gym.spaces.Box(np.array([-2, 0], np.float32), np.array([2, 1], np.float32))
+
+
+class Tiny(gym.Env):
+    """A point that drifts with the action, for ten steps.
+
+    Once there are runs in the working directory, a file `die`, `raise` or `hang` beside them makes the next step do so.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+
+    def __init__(self, observation_space=OBSERVATIONS, action_space=ACTIONS, render_mode=None):
+        self.observation_space, self.action_space, self.render_mode = observation_space, action_space, render_mode
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.state = self.np_random.normal(size=3).astype(np.float32)
+        return self.state.copy(), {}
+
+    def step(self, action):
+        if Path("runs").exists():
+            if Path("die").exists():
+                os.kill(os.getpid(), signal.SIGKILL)
+            if Path("raise").exists():
+                raise ZeroDivisionError("the environment's own mistake")
+            while Path("hang").exists():
+                Path("hanging").touch()
+                time.sleep(0.01)
+        self.state[:2] += 0.1 * action
+        distance = float(np.abs(self.state).sum())
+        return self.state.copy(), -distance, False, False, {"success": distance < 2}
+
+    def render(self):
+        return np.zeros((16, 16, 3), np.uint8)
+
+
+VARIANTS = {
+    "Tiny": {},
+    "Wide": {"observation_space": gym.spaces.Box(-10, 10, (4,))},
+    "DictObservation": {"observation_space": gym.spaces.Dict({"observation": OBSERVATIONS})},
+    "DiscreteAction": {"action_space": gym.spaces.Discrete(3)},
+    "UnboundedAction": {"action_space": gym.spaces.Box(-np.inf, np.inf, (2,))},
+}
+for name, kwargs in VARIANTS.items():
+    gym.register(f"{name}-v0", entry_point=Tiny, max_episode_steps=10, kwargs=kwargs)
+
+
+def write_dataset(dataset_id, episodes=4, observation_space=OBSERVATIONS, action_space=ACTIONS, change=None):
+    """Random episodes into the Minari root; `change` edits the arrays of the last one before they are written."""
+    import minari  # here, because the environments do without
+    from minari.data_collector import EpisodeBuffer
+
+    rng, steps, buffers = np.random.default_rng(0), 10, []
+    for k in range(episodes):
+        arrays = {
+            "observations": rng.normal(size=(steps + 1, *observation_space.shape)).astype(np.float32),
+            "actions": rng.uniform(-1, 1, (steps, *action_space.shape)).astype(np.float32),
+            "rewards": rng.normal(size=steps),
+            "terminations": np.arange(steps) == steps - 1,
+            "truncations": np.zeros(steps, bool),
+        }
+        if change and k == episodes - 1:
+            change(arrays)
+        buffers.append(EpisodeBuffer(**arrays))
+    minari.create_dataset_from_buffers(
+        dataset_id, buffers, observation_space=observation_space, action_space=action_space
+    )
