@@ -1,7 +1,8 @@
 """Record a bundled dataset: rollouts of a policy that iql_continuous.py trained, with exploration noise.
 
-    python tests/datasets/collect.py runs/RUN/model.pt     # writes tests/datasets/bundled/{task}/demos-v0
+    python tests/datasets/collect.py runs/RUN/model.pt 0.5     # writes tests/datasets/bundled/{task}/demos-v0
 
+The number is the noise in units of the policy's own standard deviation.
 The commands that trained the two policies, and what was recorded, are in the README beside this file.
 """
 
@@ -21,10 +22,9 @@ import iql_continuous as iql  # noqa: E402
 
 EPISODES = 25  # like D4RL's human sets
 SEED = 2_000_000  # reset seeds count from here, away from the evaluation's
-NOISE = 0.5  # in units of the policy's own standard deviation
 
 
-def rollout(env, actor, seed, generator):
+def rollout(env, actor, noise, seed, generator):
     """One episode with actions sampled around the policy's mean, clipped to the bounds."""
     obs, _ = env.reset(seed=seed)
     steps = {name: [] for name in ("actions", "rewards", "terminations", "truncations")}
@@ -32,7 +32,7 @@ def rollout(env, actor, seed, generator):
     while not done:
         with torch.no_grad():
             mean, log_std = actor(actor.normalize(obs[None]))
-            action = mean + NOISE * log_std.exp() * torch.randn(mean.shape, generator=generator)
+            action = mean + noise * log_std.exp() * torch.randn(mean.shape, generator=generator)
         action = (action.clamp(-1, 1) * actor.action_scale + actor.action_bias)[0].numpy()
         obs, reward, terminated, truncated, info = env.step(action)
         observations.append(obs)
@@ -44,14 +44,14 @@ def rollout(env, actor, seed, generator):
 
 
 if __name__ == "__main__":
-    model = iql.load_file(sys.argv[1])
+    model, noise = iql.load_file(sys.argv[1]), float(sys.argv[2])
     env_id = model["args"]["env_id"]
     env = iql.make_env(env_id)()
     agent = iql.Agent(env.observation_space.shape[0], env.action_space.shape[0])
     iql.load_agent(agent, model, env_id)
     generator = torch.Generator().manual_seed(SEED)
     episodes, successes = zip(
-        *[rollout(env, agent.actor, SEED + i, generator) for i in range(EPISODES)],
+        *[rollout(env, agent.actor, noise, SEED + i, generator) for i in range(EPISODES)],
         strict=True,
     )
     os.environ["MINARI_DATASETS_PATH"] = str(ROOT)
