@@ -98,14 +98,16 @@ def kill_and_resume(script, folder, rng):
     return hits
 
 
-def test_twenty_kills_at_random_moments_change_no_bit(script, straight, tmp_path):
+def test_kills_at_random_moments_change_no_bit(script, straight, tmp_path):
+    lanes = range(4 if script == SCRIPTS[0] else 1)  # five kills each
+
     def kill(lane):
         hits = kill_and_resume(script, tmp_path / str(lane), random.Random(lane))
         assert_resumes_as(straight, script, tmp_path / str(lane))
         return hits
 
     with ThreadPoolExecutor(2) as pool:
-        assert sum(pool.map(kill, range(4))) > 0, "no kill hit the writing of a checkpoint"
+        assert sum(pool.map(kill, lanes)) > 0, "no kill hit the writing of a checkpoint"
 
 
 def start_and_hang(script, folder, arguments=""):
