@@ -145,6 +145,7 @@ def make_eval_envs(env_id, num_envs, video_folder=None, video_every=1):
             sys.exit(f"{env_id} has a {type(space).__name__} {name} space: only Box spaces are supported.")
     if not env.action_space.is_bounded():
         sys.exit(f"{env_id} has unbounded actions: only action spaces with finite bounds are supported.")
+    env.close()
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers leave Ctrl-C to the main process
     envs = gym.vector.AsyncVectorEnv(
         [make_env(env_id, i, video_folder, video_every) for i in range(num_envs)],

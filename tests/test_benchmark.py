@@ -103,6 +103,8 @@ class Benchmark:
         return subprocess.Popen(
             ["bash", "benchmark.sh", *args], cwd=self.folder, env={**self.env, **env}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+            # what started the tests may ignore SIGINT, as shells do in the background, and bash cannot undo that
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         # fmt: on
 
