@@ -17,6 +17,7 @@ def run_script(script, flags, cwd):
     """Run one of the repository's scripts in `cwd`, away from the user's own datasets; returns its stdout."""
     command = [sys.executable, ROOT / script, *flags.split()]
     environment = {**os.environ, "MINARI_DATASETS_PATH": str(cwd / "no_datasets"), "HF_HUB_OFFLINE": "1"}
+    environment["OMP_NUM_THREADS"] = "1"  # runs side by side would wait for each other's threads
     result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
