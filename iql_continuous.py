@@ -298,6 +298,18 @@ class Critic(nn.Module):
         return self.fc3(x).squeeze(1)
 
 
+def drop_out(x, rate):
+    """`F.dropout` of a float tensor (batch, 256), the rate rounded down to 16 bits.
+
+    It draws 16 random bits an element, four elements at once: F.dropout takes a tenth of a whole update on a CPU.
+    """
+    if rate == 0:
+        return x
+    threshold = int(rate * 2**16)
+    bits = torch.empty(x.numel() // 4, dtype=torch.int64, device=x.device).random_(-(2**63), None).view(torch.int16)
+    return x * ((bits.view(x.shape) >= threshold - 2**15) * (1 / (1 - threshold / 2**16)))
+
+
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 
 
@@ -318,8 +330,8 @@ class Actor(nn.Module):
 
     def forward(self, x, dropout=0.0):
         """Mean (batch, act_dim) and log standard deviation (act_dim,) at normalized observations (batch, obs_dim)."""
-        x = F.dropout(F.relu(self.fc1(x)), dropout)
-        x = F.dropout(F.relu(self.fc2(x)), dropout)
+        x = drop_out(F.relu(self.fc1(x)), dropout)
+        x = drop_out(F.relu(self.fc2(x)), dropout)
         return torch.tanh(self.fc_mean(x)), self.log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
 
     def log_prob(self, x, a, dropout=0.0):
@@ -599,7 +611,7 @@ if __name__ == "__main__":
         if global_step > first_step:
             scalars, size = {}, (args.batch_size,)
             indices = torch.randint(len(transitions["rewards"]), size, generator=sampling_generator, device=device)
-            data = {name: tensor[indices] for name, tensor in transitions.items()}
+            data = {name: tensor.index_select(0, indices) for name, tensor in transitions.items()}
             metrics = update(agent, optimizers, data, args)
             actor_scheduler.step()
             bar.update()

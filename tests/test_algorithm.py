@@ -161,6 +161,23 @@ def test_beta_zero_is_behaviour_cloning(script):
 
 
 @SCRIPTS
+def test_drop_out_is_dropout(script):
+    torch.manual_seed(0)
+    x = torch.full((1000, 256), 2.0, requires_grad=True)
+    y = script.drop_out(x, 0.1)
+    assert script.drop_out(x, 0.0) is x
+    torch.testing.assert_close(y.unique(), torch.tensor([0.0, 2 / 0.9]), rtol=1e-3, atol=0.0)
+    kept = (y > 0).float()
+    # each of the four elements that share a random number; 5 standard errors
+    np.testing.assert_allclose(kept.view(-1, 4).mean(0), 0.9, atol=5 * 0.3 / 64_000**0.5)
+    correlations = np.corrcoef(kept.view(-1, 4).T) - np.eye(4)
+    assert abs(correlations).max() < 5 / 64_000**0.5
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(gradient, y.detach() / 2)
+    assert not torch.equal(y, script.drop_out(x, 0.1))
+
+
+@SCRIPTS
 def test_scores_are_d4rls(script):
     assert script.summarize("AdroitHandPen-v1", np.array([96.262799]))["normalized_score"] == pytest.approx(0)
     assert script.summarize("AdroitHandHammer-v2", np.array([12794.134825156867]))["normalized_score"] == 100
