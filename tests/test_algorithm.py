@@ -161,6 +161,63 @@ def test_beta_zero_is_behaviour_cloning(script):
 
 
 @SCRIPTS
+@pytest.mark.parametrize("advantage, weight", [(-1000.0, 0.0), (1000.0, 100.0)])
+def test_weights_are_clipped(script, advantage, weight):
+    torch.manual_seed(0)
+    agent, args = script.Agent(2, 2), script.Args(beta=3.0, max_weight=100.0, actor_dropout=0.0)
+    agent.vf.fc3.bias.data.fill_(-advantage)  # exp(3 * 1000) would overflow
+    metrics = script.update(agent, script.make_optimizers(agent, 0.0), maze_transitions(), args)
+    torch.testing.assert_close(metrics["advantages"].mean().item(), advantage, rtol=0.1, atol=0.0)
+    assert metrics["weights"].unique().tolist() == [weight]
+    assert torch.isfinite(metrics["actor_loss"])
+
+
+@SCRIPTS
+def test_target_critics_start_as_copies(script):
+    agent = script.Agent(3, 2)
+    for qf, target in ((agent.qf1, agent.qf1_target), (agent.qf2, agent.qf2_target)):
+        assert all(torch.equal(a, b) for a, b in zip(qf.parameters(), target.parameters(), strict=True))
+    assert not torch.equal(agent.qf1.fc1.weight, agent.qf2.fc1.weight)
+
+
+class Staircase(gym.Env):
+    """Ends after 1 + seed % 5 steps, the k-th of which gives k; an odd seed's last step is a success.
+
+    An episode that follows without a seed is another one: it gives 1000 a step and succeeds at once.
+    """
+
+    observation_space, action_space = gym.spaces.Box(-1, 1, (1,)), gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, seed=None, options=None):
+        self.seed, self.steps = seed, 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        if self.seed is None:
+            return np.zeros(1, np.float32), 1000.0, False, False, {"success": True}
+        ended = self.steps == 1 + self.seed % 5
+        info = {"success": ended and self.seed % 2 == 1}
+        return (
+            np.zeros(1, np.float32),
+            float(self.steps),
+            ended and self.seed % 3 == 0,
+            ended and self.seed % 3 > 0,
+            info,
+        )
+
+
+@SCRIPTS
+def test_an_evaluation_counts_each_episode_to_its_end_and_no_further(script):
+    envs = gym.vector.SyncVectorEnv([Staircase] * 3)
+    returns, successes = script.evaluate(envs, lambda obs: np.zeros((3, 1), np.float32), episodes=7)
+    seeds = script.EVAL_SEED + np.arange(7)
+    lengths = 1 + seeds % 5
+    assert returns.tolist() == (lengths * (lengths + 1) / 2).tolist()
+    assert successes.tolist() == (seeds % 2 == 1).tolist()
+
+
+@SCRIPTS
 def test_drop_out_is_dropout(script):
     torch.manual_seed(0)
     x = torch.full((1000, 256), 2.0, requires_grad=True)
