@@ -40,6 +40,12 @@ class Args:
     """if toggled, only deterministic algorithms are used: the same seed gives the same bits on the same machine"""
     cuda: bool = True
     """if toggled, cuda will be used where there is a GPU"""
+    compile: bool = True
+    """if toggled, a GPU runs the update compiled by torch.compile"""
+    cudagraphs: bool = True
+    """if toggled, a GPU runs the update as one CUDA graph"""
+    tf32: bool = False
+    """if toggled, a GPU may round the factors of matrix products to TF32"""
     track: bool = False
     """if toggled, this experiment will be tracked with Weights and Biases"""
     wandb_project_name: str = "iql"
@@ -364,10 +370,20 @@ class Agent(nn.Module):
 
 
 def make_optimizers(agent, learning_rate):
-    """Adam for V, for the actor and for the two critics."""
+    """Adam for V, for the actor and for the two critics; the rates are tensors, which a CUDA graph reads anew."""
     q_parameters = [*agent.qf1.parameters(), *agent.qf2.parameters()]
     groups = (agent.vf.parameters(), agent.actor.parameters(), q_parameters)
-    return [optim.Adam(parameters, lr=learning_rate, fused=True) for parameters in groups]
+    device = agent.actor.log_std.device
+    rates = [torch.tensor(learning_rate, device=device) for _ in groups]
+    capturable = device.type == "cuda"
+    return [optim.Adam(p, lr=lr, fused=True, capturable=capturable) for p, lr in zip(groups, rates, strict=True)]
+
+
+def load_optimizers(optimizers, states):
+    """Put the saved states into the optimizers; their learning rates stay the tensors that they are."""
+    for optimizer, state in zip(optimizers, states, strict=True):
+        state["param_groups"][0]["lr"] = optimizer.param_groups[0]["lr"]
+        optimizer.load_state_dict(state)
 
 
 def expectile_loss(u, expectile):
@@ -418,6 +434,38 @@ def update(agent, optimizers, data, args):
     metrics = {"v_loss": v_loss, "actor_loss": actor_loss, "qf_loss": qf_loss, "qf_values": qf1_a_values}
     metrics |= {"v_values": v_values, "advantages": advantages, "weights": weights}
     return {name: tensor.detach() for name, tensor in metrics.items()}
+
+
+def capture(step, generator):
+    """A function that does what `step()` does, on a GPU, as one CUDA graph: all its kernels are launched at once.
+
+    Its first calls are `step` itself, for a capture wants loaded libraries, compiled code and optimizers with a state
+    (https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture). `step` may not look at values on the
+    device, takes what changes from tensors, and `generator` is the one that it draws from, besides torch's own.
+    Later calls all return the same tensors. Exits with a sentence if `step` cannot be compiled or captured.
+    """
+    graph, stream, calls, result = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0, None
+    graph.register_generator_state(generator)
+
+    def captured_step():
+        nonlocal calls, result
+        calls += 1
+        try:
+            if calls <= 3:
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    result = step()
+                torch.cuda.current_stream().wait_stream(stream)
+                return result
+            if calls == 4:
+                with torch.cuda.graph(graph):  # records and runs nothing
+                    result = step()
+        except Exception as error:  # compilers and drivers raise anything
+            sys.exit(f"The GPU refuses the update, try --no-compile or --no-cudagraphs: {error}")
+        graph.replay()
+        return result
+
+    return captured_step
 
 
 FILE_VERSION = 1
@@ -521,6 +569,7 @@ if __name__ == "__main__":
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # would write every new tensor twice
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     sampling_generator = torch.Generator(device).manual_seed(args.seed)
 
@@ -550,7 +599,6 @@ if __name__ == "__main__":
             returns_before = {"dataset": dataset_returns, "random": random_returns}
     agent.to(device)
     optimizers = make_optimizers(agent, args.learning_rate)
-    actor_scheduler = optim.lr_scheduler.CosineAnnealingLR(optimizers[1], max(args.total_updates, 1))
 
     # where the run stands: scalars go to TensorBoard next, evaluations are the rows of evaluations.csv
     first_step, scalars, evaluations, start_time = 0, {}, [], time.time()
@@ -561,8 +609,7 @@ if __name__ == "__main__":
             )
         first_step, scalars, evaluations = saved["global_step"], saved["scalars"], saved["evaluations"]
         start_time -= saved["wall_seconds"]
-        for stateful, state in zip([*optimizers, actor_scheduler], saved["optimizers"], strict=True):
-            stateful.load_state_dict(state)
+        load_optimizers(optimizers, saved["optimizers"])
         set_random_states(saved["random_states"], sampling_generator)
 
     # logging
@@ -604,16 +651,27 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, request_stop)
     signal.signal(signal.SIGTERM, request_stop)
 
+    # one update on a batch that is drawn from the dataset: all of it happens on the device
+    fast_update = torch.compile(update) if args.compile and device.type == "cuda" else update
+
+    def step():
+        size = (args.batch_size,)
+        indices = torch.randint(len(transitions["rewards"]), size, generator=sampling_generator, device=device)
+        data = {name: tensor.index_select(0, indices) for name, tensor in transitions.items()}
+        return fast_update(agent, optimizers, data, args)
+
+    if args.cudagraphs and device.type == "cuda":
+        step = capture(step, sampling_generator)
+
     # training: global_step counts the updates done
     loop_start, evaluation_seconds = time.time(), 0.0
     bar = tqdm(total=args.total_updates, initial=first_step, unit=" updates", disable=args.total_updates == 0)
     for global_step in range(first_step, args.total_updates + 1):
         if global_step > first_step:
-            scalars, size = {}, (args.batch_size,)
-            indices = torch.randint(len(transitions["rewards"]), size, generator=sampling_generator, device=device)
-            data = {name: tensor.index_select(0, indices) for name, tensor in transitions.items()}
-            metrics = update(agent, optimizers, data, args)
-            actor_scheduler.step()
+            # the actor's learning rate falls on a cosine, as in the official code
+            decay = 0.5 * (1 + math.cos(math.pi * (global_step - 1) / args.total_updates))
+            optimizers[1].param_groups[0]["lr"].fill_(args.learning_rate * decay)
+            scalars, metrics = {}, step()
             bar.update()
 
         stopping = len(stop_signals) > 0 and global_step < args.total_updates
@@ -634,7 +692,7 @@ if __name__ == "__main__":
                 "args": vars(args),
                 "device": device.type,
                 "agent": agent.state_dict(),
-                "optimizers": [stateful.state_dict() for stateful in (*optimizers, actor_scheduler)],
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "random_states": get_random_states(sampling_generator),
                 "global_step": global_step,
                 "scalars": scalars,

@@ -41,6 +41,12 @@ class Args:
     """if toggled, only deterministic algorithms are used: the same seed gives the same bits on the same machine"""
     cuda: bool = True
     """if toggled, cuda will be used where there is a GPU"""
+    compile: bool = True
+    """if toggled, a GPU runs the update compiled by torch.compile"""
+    cudagraphs: bool = True
+    """if toggled, a GPU runs the update as one CUDA graph"""
+    tf32: bool = False
+    """if toggled, a GPU may round the factors of matrix products to TF32"""
     track: bool = False
     """if toggled, this experiment will be tracked with Weights and Biases"""
     wandb_project_name: str = "iql"
@@ -377,10 +383,20 @@ class Agent(nn.Module):
 
 
 def make_optimizers(agent, learning_rate):
-    """Adam for V, for the actor and for the two critics."""
+    """Adam for V, for the actor and for the two critics; the rates are tensors, which a CUDA graph reads anew."""
     q_parameters = [*agent.qf1.parameters(), *agent.qf2.parameters()]
     groups = (agent.vf.parameters(), agent.actor.parameters(), q_parameters)
-    return [optim.Adam(parameters, lr=learning_rate, fused=True) for parameters in groups]
+    device = agent.actor.log_std.device
+    rates = [torch.tensor(learning_rate, device=device) for _ in groups]
+    capturable = device.type == "cuda"
+    return [optim.Adam(p, lr=lr, fused=True, capturable=capturable) for p, lr in zip(groups, rates, strict=True)]
+
+
+def load_optimizers(optimizers, states):
+    """Put the saved states into the optimizers; their learning rates stay the tensors that they are."""
+    for optimizer, state in zip(optimizers, states, strict=True):
+        state["param_groups"][0]["lr"] = optimizer.param_groups[0]["lr"]
+        optimizer.load_state_dict(state)
 
 
 def expectile_loss(u, expectile):
@@ -431,6 +447,38 @@ def update(agent, optimizers, data, args):
     metrics = {"v_loss": v_loss, "actor_loss": actor_loss, "qf_loss": qf_loss, "qf_values": qf1_a_values}
     metrics |= {"v_values": v_values, "advantages": advantages, "weights": weights}
     return {name: tensor.detach() for name, tensor in metrics.items()}
+
+
+def capture(step, generator):
+    """A function that does what `step()` does, on a GPU, as one CUDA graph: all its kernels are launched at once.
+
+    Its first calls are `step` itself, for a capture wants loaded libraries, compiled code and optimizers with a state
+    (https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture). `step` may not look at values on the
+    device, takes what changes from tensors, and `generator` is the one that it draws from, besides torch's own.
+    Later calls all return the same tensors. Exits with a sentence if `step` cannot be compiled or captured.
+    """
+    graph, stream, calls, result = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0, None
+    graph.register_generator_state(generator)
+
+    def captured_step():
+        nonlocal calls, result
+        calls += 1
+        try:
+            if calls <= 3:
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    result = step()
+                torch.cuda.current_stream().wait_stream(stream)
+                return result
+            if calls == 4:
+                with torch.cuda.graph(graph):  # records and runs nothing
+                    result = step()
+        except Exception as error:  # compilers and drivers raise anything
+            sys.exit(f"The GPU refuses the update, try --no-compile or --no-cudagraphs: {error}")
+        graph.replay()
+        return result
+
+    return captured_step
 
 
 FILE_VERSION = 1
@@ -503,6 +551,7 @@ class ReplayBuffer:
 
     def __init__(self, transitions, buffer_size, device):
         self.offline_size = self.size = len(transitions["rewards"])
+        self.size_on_device = torch.tensor(self.size, device=device)  # a CUDA graph reads it anew
         self.position = self.offline_size
         self.storage = {
             name: torch.empty(buffer_size, *tensor.shape[1:], device=device) for name, tensor in transitions.items()
@@ -519,6 +568,7 @@ class ReplayBuffer:
             tensor[indices.to(tensor.device)] = transitions[name].to(tensor.device)
         self.position = self.offline_size + (self.position - self.offline_size + count) % ring
         self.size = min(self.size + count, capacity)
+        self.size_on_device.fill_(self.size)
 
     def online(self):
         """What has been added, in the order in which it lies in the ring."""
@@ -531,15 +581,14 @@ class ReplayBuffer:
 
     def sample(self, batch_size, offline_fraction, generator):
         """A batch uniform over all transitions or, given a fraction, over the dataset for that share of it."""
-        device = generator.device
+        u = torch.rand(batch_size, generator=generator, device=generator.device, dtype=torch.float64)
         if offline_fraction is None or self.size == self.offline_size:
-            indices = torch.randint(self.size, (batch_size,), generator=generator, device=device)
+            indices = u * self.size_on_device
         else:
             count = round(offline_fraction * batch_size)
-            offline = torch.randint(self.offline_size, (count,), generator=generator, device=device)
-            size = (batch_size - count,)
-            online = torch.randint(self.offline_size, self.size, size, generator=generator, device=device)
-            indices = torch.cat([offline, online])
+            online = self.offline_size + u[count:] * (self.size_on_device - self.offline_size)
+            indices = torch.cat([u[:count] * self.offline_size, online])
+        indices = indices.long()
         return {name: tensor.index_select(0, indices) for name, tensor in self.storage.items()}
 
 
@@ -596,6 +645,7 @@ if __name__ == "__main__":
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # would write every new tensor twice
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     sampling_generator = torch.Generator(device).manual_seed(args.seed)
     exploration_generator = torch.Generator(device).manual_seed(args.seed)
@@ -639,8 +689,7 @@ if __name__ == "__main__":
         first_step, scalars, evaluations = saved["global_step"], saved["scalars"], saved["evaluations"]
         start_time -= saved["wall_seconds"]
         before, online_successes = saved["before"], saved["online_successes"]
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+        load_optimizers(optimizers, saved["optimizers"])
         rb.load_online(saved["online"], saved["position"])
         set_random_states(saved["random_states"], sampling_generator)
         exploration_generator.set_state(saved["exploration"])
@@ -684,8 +733,21 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, request_stop)
     signal.signal(signal.SIGTERM, request_stop)
 
-    # training: global_step counts the updates done, offline and online
+    # one update on a batch that is drawn from the buffer: all of it happens on the device
+    fast_update = torch.compile(update) if args.compile and device.type == "cuda" else update
     online_args = dataclasses.replace(args, actor_dropout=0.0)
+
+    def offline_step():
+        return fast_update(agent, optimizers, rb.sample(args.batch_size, None, sampling_generator), args)
+
+    def online_step():
+        data = rb.sample(args.batch_size, args.offline_fraction, sampling_generator)
+        return fast_update(agent, optimizers, data, online_args)
+
+    if args.cudagraphs and device.type == "cuda":
+        offline_step, online_step = capture(offline_step, sampling_generator), capture(online_step, sampling_generator)
+
+    # training: global_step counts the updates done, offline and online
     obs = None  # no online episode is under way yet; one that was when a run stopped is not restored
     loop_start, evaluation_seconds = time.time(), 0.0
     bar = tqdm(total=total_updates, initial=first_step, unit=" updates")
@@ -724,8 +786,7 @@ if __name__ == "__main__":
                     online_successes += success[done].tolist()
                     scalars["charts/regret"] = 1 - np.mean(online_successes).item()
                 episodic_return[done], success[done] = 0.0, False
-            data = rb.sample(args.batch_size, args.offline_fraction, sampling_generator)
-            metrics = update(agent, optimizers, data, args if online_update < 0 else online_args)
+            metrics = offline_step() if online_update < 0 else online_step()
             bar.update()
 
         stopping = len(stop_signals) > 0 and global_step < total_updates

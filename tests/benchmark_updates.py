@@ -35,6 +35,10 @@ class Args:
     """size of an action; 26 is hammer's"""
     transitions: int = 100_000
     """size of the (random) dataset"""
+    compile: bool = True
+    """on a GPU: torch.compile, as the scripts do"""
+    cudagraphs: bool = True
+    """on a GPU: one CUDA graph, as the scripts do"""
     turns: int = 7
     """how often each is measured; the medians are printed"""
     updates: int = 100
@@ -91,10 +95,15 @@ if __name__ == "__main__":
         "terminations": torch.zeros(count, device=args.device),
     }
 
-    def update():
+    fast_update = torch.compile(script.update) if args.compile and args.device == "cuda" else script.update
+
+    def step():
         indices = torch.randint(count, (script_args.batch_size,), generator=generator, device=args.device)
         data = {name: tensor.index_select(0, indices) for name, tensor in transitions.items()}
-        script.update(agent, optimizers, data, script_args)
+        return fast_update(agent, optimizers, data, script_args)
+
+    if args.cudagraphs and args.device == "cuda":
+        step = script.capture(step, generator)
 
     shapes = products(args.obs_dim, args.act_dim, script_args.batch_size)
     operands = [
@@ -111,14 +120,14 @@ if __name__ == "__main__":
             torch.mm(a, b, out=out)
 
     bound = multiply
-    for function in (update, multiply):
+    for function in (step, multiply):
         seconds(function, 10, args.device)  # memory, kernels, clocks
     if args.device == "cuda":
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             multiply()
         bound = graph.replay
-    turns = [[seconds(f, args.updates, args.device) for f in (update, bound)] for _ in range(args.turns)]
+    turns = [[seconds(f, args.updates, args.device) for f in (step, bound)] for _ in range(args.turns)]
     update_time, bound_time = np.median(turns, 0)
     fraction = np.median([bound_time / update_time for update_time, bound_time in turns])
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads"
