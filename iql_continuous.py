@@ -583,6 +583,8 @@ if __name__ == "__main__":
     if args.total_updates == 0 and saved:
         args.dataset_id = saved["args"]["dataset_id"]
     elif args.total_updates > 0:
+        if args.checkpoint and saved["args"]["reward_scale"] != args.reward_scale:
+            sys.exit(f"The saved model needs --reward-scale {saved['args']['reward_scale']}, as in its training.")
         dataset = find_dataset(args.env_id, args.dataset_id)
         args.dataset_id = dataset.id
         transitions, dataset_returns = load_transitions(dataset, obs_space, action_space, args.max_episodes)

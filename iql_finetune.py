@@ -1,6 +1,5 @@
 # Implicit Q-Learning (Kostrikov, Nair and Levine 2021, https://arxiv.org/abs/2110.06169), offline and then online.
 # Every update is the official implementation's: https://github.com/ikostrikov/implicit_q_learning
-import dataclasses
 import io
 import json
 import math
@@ -98,7 +97,7 @@ class Args:
     max_weight: float = 100.0
     """upper limit of the advantage weights"""
     actor_dropout: float = 0.1
-    """dropout rate of the actor's hidden layers in the offline phase; online there is none"""
+    """dropout rate of the actor's hidden layers"""
     normalize_obs: bool = True
     """if toggled, observations are standardized with the dataset's mean and standard deviation"""
     reward_scale: float = 0.05
@@ -656,6 +655,8 @@ if __name__ == "__main__":
     agent.actor.action_bias.copy_(torch.as_tensor((action_space.high + action_space.low).flatten() / 2))
     if saved:
         load_agent(agent, saved, args.env_id)
+    if args.checkpoint and saved["args"]["reward_scale"] != args.reward_scale:
+        sys.exit(f"The saved model needs --reward-scale {saved['args']['reward_scale']}, as in its training.")
     dataset = find_dataset(args.env_id, args.dataset_id)
     args.dataset_id = dataset.id
     transitions, dataset_returns = load_transitions(dataset, obs_space, action_space, args.max_episodes)
@@ -735,17 +736,14 @@ if __name__ == "__main__":
 
     # one update on a batch that is drawn from the buffer: all of it happens on the device
     fast_update = torch.compile(update) if args.compile and device.type == "cuda" else update
-    online_args = dataclasses.replace(args, actor_dropout=0.0)
 
-    def offline_step():
-        return fast_update(agent, optimizers, rb.sample(args.batch_size, None, sampling_generator), args)
-
-    def online_step():
+    def step():
         data = rb.sample(args.batch_size, args.offline_fraction, sampling_generator)
-        return fast_update(agent, optimizers, data, online_args)
+        return fast_update(agent, optimizers, data, args)
 
-    if args.cudagraphs and device.type == "cuda":
-        offline_step, online_step = capture(offline_step, sampling_generator), capture(online_step, sampling_generator)
+    offline_step = online_step = step
+    if args.cudagraphs and device.type == "cuda":  # two graphs: the batches are not drawn alike
+        offline_step, online_step = capture(step, sampling_generator), capture(step, sampling_generator)
 
     # training: global_step counts the updates done, offline and online
     obs = None  # no online episode is under way yet; one that was when a run stopped is not restored

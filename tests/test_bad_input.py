@@ -132,6 +132,7 @@ CASES = {
     "checkpoint of something else": ("--checkpoint {}/foreign.pt", "foreign.pt cannot be loaded"),
     "checkpoint that would run code": ("--checkpoint {}/hostile.pt", "hostile.pt cannot be loaded"),
     "pickle that would run code": ("--checkpoint {}/pickle.pt", "pickle.pt cannot be loaded"),
+    "checkpoint of another scale": ("--checkpoint {}/good.pt --reward-scale 0.1", "--reward-scale 0.05, as in its"),
     "checkpoint of another environment": (
         *("--checkpoint {}/good.pt --env-id tiny_env:Wide-v0 --dataset-id tiny/wide-v0",),
         *("trained on tiny_env:Tiny-v0, not on tiny_env:Wide-v0",),

@@ -49,20 +49,20 @@ def counting_transitions(values):
 
 
 def test_a_full_ring_overwrites_the_oldest_online_data_and_never_the_dataset():
-    rb = iql_finetune.ReplayBuffer(counting_transitions([0, 1, 2]), buffer_size=7, device="cpu")
+    rb = iql_finetune.ReplayBuffer(counting_transitions([0, 1, 2]), buffer_size=8, device="cpu")
     for value in range(10, 20, 2):
         rb.add(counting_transitions([value, value + 1]))
         assert rb.storage["rewards"][:3].tolist() == [0, 1, 2]
-    # ten were added to a ring of four: the last four are left
-    assert sorted(rb.storage["rewards"][3:].tolist()) == [16, 17, 18, 19]
+    # ten were added to a ring of five, two at a time: the last five are left
+    assert sorted(rb.storage["rewards"][3:].tolist()) == [15, 16, 17, 18, 19]
     for tensor in rb.storage.values():
         assert tensor.flatten().tolist() == rb.storage["rewards"].tolist()
     # the next one replaces the oldest, also in a buffer restored from a checkpoint
-    restored = iql_finetune.ReplayBuffer(counting_transitions([0, 1, 2]), buffer_size=7, device="cpu")
+    restored = iql_finetune.ReplayBuffer(counting_transitions([0, 1, 2]), buffer_size=8, device="cpu")
     restored.load_online(rb.online(), rb.position)
     for buffer in (rb, restored):
         buffer.add(counting_transitions([20]))
-        assert sorted(buffer.storage["rewards"].tolist()) == [0, 1, 2, 17, 18, 19, 20]
+        assert sorted(buffer.storage["rewards"].tolist()) == [0, 1, 2, 16, 17, 18, 19, 20]
 
 
 @pytest.mark.parametrize("offline_fraction, share", [(None, 30 / 40), (0.25, 0.25), (0.0, 0.0), (1.0, 1.0)])
