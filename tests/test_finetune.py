@@ -7,6 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from processes import run, run_dir
 
 import iql_continuous
 import iql_finetune
@@ -104,3 +105,27 @@ def test_the_environments_step_returns_what_the_script_counts_on_where_an_episod
         # one step of the hand away from the step before, unlike the reset that follows
         assert np.abs(infos["final_obs"][idx] - last_obs[idx]).max() < np.abs(first_obs[idx] - last_obs[idx]).max()
     assert "success" in infos["final_info"]
+
+
+def test_what_is_stored_online_is_what_happened(tmp_path):
+    flags = (
+        "--offline-updates 10 --online-steps 60 --num-envs 2 --reward-scale 0.5 --actor-dropout 0 --exploration-scale 2"
+    )
+    run("iql_finetune", tmp_path, flags)
+    saved = torch.load(run_dir(tmp_path) / "checkpoint.pt", weights_only=True)
+    online, model = saved["online"], saved["agent"]
+    assert len(online["rewards"]) == 60 and not online["terminations"].any()  # Tiny's time limit is no termination
+    state, next_state = (
+        (online[name] * model["actor.obs_std"] + model["actor.obs_mean"]).view(30, 2, 3)  # a row is a step of both
+        for name in ("observations", "next_observations")
+    )
+    actions = (online["actions"] * model["actor.action_scale"] + model["actor.action_bias"]).view(30, 2, 2)
+    # Tiny's own physics, at the end of an episode too
+    torch.testing.assert_close(next_state[..., :2], state[..., :2] + 0.1 * actions, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(next_state[..., 2], state[..., 2], rtol=1e-4, atol=1e-4)
+    rewards = -0.5 * next_state.abs().sum(2)
+    torch.testing.assert_close(online["rewards"].view(30, 2), rewards, rtol=1e-4, atol=1e-4)
+    # an observation follows from the one before, but where an episode of ten steps begins; no step is missing or extra
+    follows = torch.isclose(state[1:], next_state[:-1], rtol=1e-4, atol=1e-4).all(2)
+    begins = torch.arange(1, 30) % 10 == 0
+    assert torch.equal(follows, ~begins[:, None].expand(29, 2))
