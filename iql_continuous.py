@@ -253,34 +253,39 @@ def load_transitions(dataset, observation_space, action_space, max_episodes=None
         found = getattr(dataset, name)
         if not isinstance(found, gym.spaces.Box) or found.shape != space.shape:
             sys.exit(f"{dataset.id} is not for this environment: its {name} is {found}, the environment's {space}.")
-    columns = {name: [] for name in ("observations", "actions", "rewards", "next_observations", "terminations")}
+    obs_dim, act_dim = math.prod(observation_space.shape), math.prod(action_space.shape)
     total = min(dataset.total_episodes, max_episodes or dataset.total_episodes)
+    steps, episodic_returns = 0, []
     try:
+        shapes = {"observations": (obs_dim,), "actions": (act_dim,), "rewards": (), "next_observations": (obs_dim,)}
+        shapes["terminations"] = ()
+        columns = {name: np.empty((int(dataset.total_steps), *shape), np.float32) for name, shape in shapes.items()}
         for episode in tqdm(dataset.iterate_episodes(range(total)), "reading", total, unit=" episodes"):
             # T + 1 observations and T of everything else: next observations never cross an episode's end
             T = len(episode.rewards)
-            observations = episode.observations.reshape(T + 1, math.prod(observation_space.shape)).astype(np.float32)
-            columns["observations"].append(observations[:-1])
-            columns["actions"].append(episode.actions.reshape(T, math.prod(action_space.shape)).astype(np.float32))
-            columns["rewards"].append(episode.rewards.astype(np.float32))
-            columns["next_observations"].append(observations[1:])
+            rows, observations = slice(steps, steps + T), episode.observations.reshape(T + 1, obs_dim)
+            columns["observations"][rows] = observations[:-1]
+            columns["actions"][rows] = episode.actions.reshape(T, act_dim)
+            columns["rewards"][rows] = episode.rewards
+            columns["next_observations"][rows] = observations[1:]
             # a truncation is not the task's end: only a termination cuts the bootstrap
-            columns["terminations"].append(episode.terminations.reshape(T).astype(np.float32))
+            columns["terminations"][rows] = episode.terminations.reshape(T)
+            episodic_returns.append(columns["rewards"][rows].sum(dtype=np.float64))
+            steps += T
     except Exception as error:  # a damaged file can raise anything
         sys.exit(f"{dataset.id} cannot be read, delete it and get it again: {type(error).__name__}: {error}")
-    if sum(map(len, columns["rewards"])) == 0:
+    if steps == 0:
         sys.exit(f"{dataset.id} is empty: use a dataset with transitions.")
-    episodic_returns = np.array([rewards.sum(dtype=np.float64) for rewards in columns["rewards"]])
-    transitions = {name: torch.from_numpy(np.concatenate(columns.pop(name))) for name in list(columns)}
+    transitions = {name: torch.from_numpy(column[:steps]) for name, column in columns.items()}
     for name, tensor in transitions.items():
-        if not torch.isfinite(tensor).all():
+        if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # both are NaN if anything is
             sys.exit(f"{dataset.id} holds NaN or infinity in its {name}: use a dataset without.")
     low, high = (
         torch.as_tensor(bound.flatten(), dtype=torch.float32) for bound in (action_space.low, action_space.high)
     )
     transitions["actions"].sub_((high + low) / 2).div_((high - low) / 2)
     transitions["actions"].clamp_(-1 + 1e-5, 1 - 1e-5)  # as the official code does
-    return transitions, episodic_returns
+    return transitions, np.array(episodic_returns)
 
 
 def layer_init(layer):
