@@ -72,6 +72,8 @@ class Args:
     """number of updates on the dataset alone"""
     online_steps: int = 1_000_000
     """number of environment steps after that"""
+    learning_starts: int = 5000
+    """environment steps before the first online update; `online_steps` count from there"""
     updates_per_step: int = 1
     """number of updates for every environment step"""
     buffer_size: int = 2_000_000
@@ -614,7 +616,7 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     at_least_1 = "batch_size eval_frequency eval_episodes eval_envs max_episodes updates_per_step num_envs buffer_size"
     check_args(args, at_least_1, "at least 1", lambda x: x >= 1)
-    at_least_0 = "offline_updates online_steps beta exploration_scale"
+    at_least_0 = "offline_updates online_steps learning_starts beta exploration_scale"
     check_args(args, at_least_0, "at least 0", lambda x: 0 <= x < math.inf)
     check_args(args, "learning_rate max_weight reward_scale", "more than 0", lambda x: 0 < x < math.inf)
     check_args(args, "expectile", "between 0 and 1", lambda x: 0 < x < 1)
@@ -758,7 +760,10 @@ if __name__ == "__main__":
         if global_step > first_step:
             scalars = {}
             online_update = global_step - offline_updates - 1  # counts from 0, negative while offline
-            if online_update >= 0 and online_update % (args.num_envs * args.updates_per_step) == 0:
+            collecting = online_update >= 0 and online_update % (args.num_envs * args.updates_per_step) == 0
+            # the first updates would repeat the few online transitions that there are: collect some before
+            vector_steps = max(1, math.ceil(args.learning_starts / args.num_envs)) if online_update == 0 else 1
+            for _ in range(vector_steps if collecting else 0):
                 if obs is None:
                     obs = agent.actor.normalize(envs.reset(seed=args.seed + global_step)[0])
                     episodic_return, success = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=bool)

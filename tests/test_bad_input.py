@@ -26,7 +26,14 @@ OUT_OF_RANGE = [
 OUT_OF_RANGE_OF = {
     "iql_continuous": ["--total-updates -1"],
     "iql_finetune": [
-        *("--offline-updates -1", "--online-steps -1", "--updates-per-step 0", "--num-envs 0", "--buffer-size 0"),
+        *(
+            "--offline-updates -1",
+            "--online-steps -1",
+            "--learning-starts -1",
+            "--updates-per-step 0",
+            "--num-envs 0",
+            "--buffer-size 0",
+        ),
         *("--offline-fraction 1.1", "--offline-fraction nan", "--exploration-scale -1", "--exploration-scale nan"),
     ],
 }

@@ -38,7 +38,7 @@ def test_arguments_of_both_scripts_differ_only_where_they_should():
     continuous, finetune = vars(iql_continuous.Args()), vars(iql_finetune.Args())
     assert continuous.keys() - finetune.keys() == {"total_updates"}
     assert finetune.keys() - continuous.keys() == {
-        *("offline_updates", "online_steps", "updates_per_step", "num_envs"),
+        *("offline_updates", "online_steps", "learning_starts", "updates_per_step", "num_envs"),
         *("buffer_size", "offline_fraction", "exploration_scale"),
     }
 
@@ -108,9 +108,8 @@ def test_the_environments_step_returns_what_the_script_counts_on_where_an_episod
 
 
 def test_what_is_stored_online_is_what_happened(tmp_path):
-    flags = (
-        "--offline-updates 10 --online-steps 60 --num-envs 2 --reward-scale 0.5 --actor-dropout 0 --exploration-scale 2"
-    )
+    flags = "--offline-updates 10 --online-steps 20 --learning-starts 42 --num-envs 2 --reward-scale 0.5"
+    flags += " --actor-dropout 0 --exploration-scale 2"
     run("iql_finetune", tmp_path, flags)
     saved = torch.load(run_dir(tmp_path) / "checkpoint.pt", weights_only=True)
     online, model = saved["online"], saved["agent"]
