@@ -72,7 +72,7 @@ class Args:
     """number of updates on the dataset alone"""
     online_steps: int = 1_000_000
     """number of environment steps after that"""
-    learning_starts: int = 5000
+    learning_starts: int = 20_000
     """environment steps before the first online update; `online_steps` count from there"""
     updates_per_step: int = 1
     """number of updates for every environment step"""
