@@ -14,7 +14,7 @@ RUN_LENGTHS = {
     "iql_finetune": "--offline-updates 60 --online-steps 180 --learning-starts 1 --buffer-size 1000",
 }
 SCRIPTS = list(RUN_LENGTHS)
-TINY = "--env-id tiny_env:Tiny-v0 --dataset-id tiny/good-v0 --no-cuda --batch-size 16 --save-model "
+TINY = "--env-id tiny_env:Tiny-v0 --dataset-id tiny/good-v0 --no-cuda --batch-size 32 --save-model "
 TINY += "--eval-frequency 10 --eval-episodes 2 --eval-envs 2"
 
 

@@ -44,6 +44,21 @@ def test_the_minimizer_of_the_expectile_loss_is_the_expectile(script, expectile)
         assert m.item() == pytest.approx(sample.mean(), abs=1e-5)
 
 
+@SCRIPTS
+@pytest.mark.parametrize("batch_size", [1, 256])
+def test_a_hidden_layer_computes_what_a_linear_one_does(script, batch_size):
+    torch.manual_seed(0)
+    layer, x = script.Linear(46, 256), torch.randn(batch_size, 46, requires_grad=True)
+    results = []
+    for function in (layer, lambda x: torch.nn.functional.linear(x, layer.weight, layer.bias)):
+        y = function(x)
+        gradients = torch.autograd.grad(torch.sin(y).sum(), [x, layer.weight, layer.bias])
+        results.append([y, *gradients])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    if batch_size == 256 and script.onednn_linear:
+        assert "OneDNN" in layer(x).grad_fn.name()
+
+
 class Maze(gym.Env):
     r"""Cells joined by corridors. The prize of 1 lies at G; P holds a consolation of 0.3, D is a dead end.
 
