@@ -74,7 +74,7 @@ class Args:
     online_steps: int = 1_000_000
     """number of environment steps after that"""
     learning_starts: int = 20_000
-    """environment steps before the first online update; `online_steps` count from there"""
+    """how many of them come before the first online update"""
     updates_per_step: int = 1
     """number of updates for every environment step"""
     buffer_size: int = 2_000_000
@@ -653,6 +653,8 @@ if __name__ == "__main__":
     check_args(args, "gamma tau offline_fraction", "from 0 to 1", lambda x: 0 <= x <= 1)
     check_args(args, "actor_dropout", "at least 0 and below 1", lambda x: 0 <= x < 1)
     check_args(args, "seed", "from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32)
+    enough = f"0 or more than --learning-starts ({args.learning_starts})"
+    check_args(args, "online_steps", enough, lambda x: x == 0 or x > args.learning_starts)
     run_dir = Path(f"runs/{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}")
     saved = load_file(args.checkpoint) if args.checkpoint else None
     if args.resume:
@@ -664,7 +666,7 @@ if __name__ == "__main__":
     if args.track:
         import wandb
     offline_updates = 0 if args.checkpoint else args.offline_updates
-    total_updates = offline_updates + args.online_steps * args.updates_per_step
+    total_updates = offline_updates + max(0, args.online_steps - args.learning_starts) * args.updates_per_step
 
     # env setup: before anything starts a thread, see make_eval_envs
     num_eval_envs = min(args.eval_envs, args.eval_episodes)
@@ -719,6 +721,7 @@ if __name__ == "__main__":
     # where the run stands: scalars go to TensorBoard next, evaluations are the rows of evaluations.csv
     first_step, scalars, evaluations, start_time = 0, {}, [], time.time()
     before, online_successes = "", []  # the evaluation before fine-tuning, and each online episode's success
+    online_steps = 0  # environment steps done so far
     if args.resume:
         if saved["device"] != device.type:
             sys.exit(
@@ -726,7 +729,7 @@ if __name__ == "__main__":
             )
         first_step, scalars, evaluations = saved["global_step"], saved["scalars"], saved["evaluations"]
         start_time -= saved["wall_seconds"]
-        before, online_successes = saved["before"], saved["online_successes"]
+        before, online_successes, online_steps = saved["before"], saved["online_successes"], saved["online_steps"]
         load_optimizers(optimizers, saved["optimizers"])
         rb.load_online(saved["online"], saved["position"])
         set_random_states(saved["random_states"], sampling_generator)
@@ -789,11 +792,13 @@ if __name__ == "__main__":
     for global_step in range(first_step, total_updates + 1):
         if global_step > first_step:
             scalars = {}
-            online_update = global_step - offline_updates - 1  # counts from 0, negative while offline
-            collecting = online_update >= 0 and online_update % (args.num_envs * args.updates_per_step) == 0
-            # the first updates would repeat the few online transitions that there are: collect some before
-            vector_steps = max(1, math.ceil(args.learning_starts / args.num_envs)) if online_update == 0 else 1
-            for _ in range(vector_steps if collecting else 0):
+            online_updates = global_step - offline_updates  # this one included; not above 0 while offline
+            # the first online updates would repeat the few online transitions that there are: collect some before
+            steps_due = args.learning_starts + math.ceil(online_updates / args.updates_per_step)
+            if online_updates == 1 and args.learning_starts > 0:
+                tqdm.write(f"collecting {args.learning_starts} steps before the first online update")
+            while online_updates > 0 and online_steps < steps_due and not stop_signals:
+                online_steps += args.num_envs
                 if obs is None:
                     obs = agent.actor.normalize(envs.reset(seed=args.seed + global_step)[0])
                     episodic_return, success = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=bool)
@@ -824,7 +829,7 @@ if __name__ == "__main__":
                     online_successes += success[done].tolist()
                     scalars["charts/regret"] = 1 - np.mean(online_successes).item()
                 episodic_return[done], success[done] = 0.0, False
-            metrics = offline_step() if online_update < 0 else online_step()
+            metrics = online_step() if online_updates > 0 else offline_step()
             bar.update()
 
         stopping = len(stop_signals) > 0 and global_step < total_updates
@@ -851,6 +856,7 @@ if __name__ == "__main__":
                 "exploration": exploration_generator.get_state(),
                 "before": before,
                 "online_successes": online_successes,
+                "online_steps": online_steps,
                 "random_states": get_random_states(sampling_generator),
                 "global_step": global_step,
                 "scalars": scalars,

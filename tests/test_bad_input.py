@@ -30,6 +30,7 @@ OUT_OF_RANGE_OF = {
             "--offline-updates -1",
             "--online-steps -1",
             "--learning-starts -1",
+            "--online-steps 5",  # of which 20,000 come before the first update
             "--updates-per-step 0",
             "--num-envs 0",
             "--buffer-size 0",

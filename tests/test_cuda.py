@@ -77,7 +77,7 @@ def test_a_step_that_cannot_be_captured_ends_in_a_sentence(script, stand_ins):
 @pytest.mark.parametrize("script, flags", [("iql_continuous.py", "--total-updates 50"), ("iql_finetune.py", "")])
 @GPU
 def test_a_gpu_learns_the_same_compiled_captured_and_as_written(script, flags, tmp_path):
-    flags = flags or "--offline-updates 50 --online-steps 20 --learning-starts 100"
+    flags = flags or "--offline-updates 50 --online-steps 120 --learning-starts 100"
     flags += " --env-id AdroitHandPen-v1 --dataset-id bundled/pen/demos-v0 --eval-episodes 2 --save-model"
     flags += " --actor-dropout 0.0"  # the compiler may draw its random numbers in another order
     models = []

@@ -107,12 +107,14 @@ def test_the_environments_step_returns_what_the_script_counts_on_where_an_episod
     assert "success" in infos["final_info"]
 
 
-def test_what_is_stored_online_is_what_happened(tmp_path):
-    flags = "--offline-updates 10 --online-steps 20 --learning-starts 42 --num-envs 2 --reward-scale 0.5"
-    flags += " --actor-dropout 0 --exploration-scale 2"
+@pytest.mark.parametrize("updates_per_step", [1, 2])
+def test_what_is_stored_online_is_what_happened(updates_per_step, tmp_path):
+    flags = "--offline-updates 10 --online-steps 60 --learning-starts 42 --num-envs 2 --reward-scale 0.5"
+    flags += f" --actor-dropout 0 --exploration-scale 2 --updates-per-step {updates_per_step}"
     run("iql_finetune", tmp_path, flags)
     saved = torch.load(run_dir(tmp_path) / "checkpoint.pt", weights_only=True)
     online, model = saved["online"], saved["agent"]
+    assert saved["global_step"] == 10 + 18 * updates_per_step  # the first 42 steps are only collected
     assert len(online["rewards"]) == 60 and not online["terminations"].any()  # Tiny's time limit is no termination
     state, next_state = (
         (online[name] * model["actor.obs_std"] + model["actor.obs_mean"]).view(30, 2, 3)  # a row is a step of both

@@ -10,7 +10,7 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.D
 COMMANDS = [line.split("#")[0].strip() for line in "".join(BLOCKS).splitlines() if line.startswith("python iql_")]
 SHORT = {
     "iql_continuous.py": "--total-updates 2",
-    "iql_finetune.py": "--offline-updates 2 --online-steps 2",
+    "iql_finetune.py": "--offline-updates 2 --online-steps 2 --learning-starts 1",
 }
 
 

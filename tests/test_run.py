@@ -110,6 +110,6 @@ def test_a_saved_model_evaluates_to_the_runs_last_score_and_starts_fine_tuning(r
     evaluated = (next(tmp_path.glob("runs/*__evaluated__*")), None)
     last = rows(runs["straight"])[-1]
     assert rows(evaluated)[0]["episodic_return_mean"] == last["episodic_return_mean"]
-    flags += " --dataset-id bundled/pen/demos-v0 --online-steps 10 --learning-starts 100 --exp-name tuned"
+    flags += " --dataset-id bundled/pen/demos-v0 --online-steps 110 --learning-starts 100 --exp-name tuned"
     output = run_script("iql_finetune.py", flags, tmp_path)
     assert f"before fine-tuning: episodic_return={float(last['episodic_return_mean']):.2f}" in output
