@@ -1,5 +1,6 @@
 # Implicit Q-Learning (Kostrikov, Nair and Levine 2021, https://arxiv.org/abs/2110.06169), offline, in one file.
 # Every update is the official implementation's: https://github.com/ikostrikov/implicit_q_learning
+import copy
 import io
 import json
 import math
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -97,6 +99,8 @@ class Args:
     """number of episodes of an evaluation"""
     eval_envs: int = min(10, os.cpu_count() or 1)
     """number of parallel evaluation environments, a process each"""
+    concurrent_eval: Optional[bool] = None
+    """whether training goes on during an evaluation (default: on a GPU only)"""
 
 
 def check_args(args, names, rule, holds):
@@ -638,7 +642,7 @@ if __name__ == "__main__":
     optimizers = make_optimizers(agent, args.learning_rate)
 
     # where the run stands: scalars go to TensorBoard next, evaluations are the rows of evaluations.csv
-    first_step, scalars, evaluations, start_time = 0, {}, [], time.time()
+    first_step, scalars, evaluations, summaries, start_time = 0, {}, [], {}, time.time()
     if args.resume:
         if saved["device"] != device.type:
             sys.exit(
@@ -700,8 +704,25 @@ if __name__ == "__main__":
     if args.cudagraphs and device.type == "cuda":
         step = capture(step, sampling_generator)
 
+    # an evaluation has a thread and a copy of the actor; on a GPU training goes on meanwhile, for the cores are free
+    evaluator, evaluation, evaluated_step = ThreadPoolExecutor(1), None, None
+    concurrent_eval = device.type == "cuda" if args.concurrent_eval is None else args.concurrent_eval
+
+    def record(step, returns, successes):
+        result = summarize(args.env_id, returns, successes)
+        for name, value in result.items():
+            writer.add_scalar(f"charts/{name}", value, step)
+        row = [step, returns.mean(), returns.std()]
+        row += [result.get("normalized_score", ""), result.get("success_rate", ""), time.time() - start_time]
+        evaluations.append(",".join(map(str, row)))
+        evaluations_file.write(evaluations[-1] + "\n")
+        evaluations_file.flush()
+        summaries[step] = ", ".join(f"{name}={value:.2f}" for name, value in result.items())
+        bar.set_postfix_str(summaries[step])
+        tqdm.write(f"global_step={step}, {summaries[step]}")
+
     # training: global_step counts the updates done
-    loop_start, evaluation_seconds = time.time(), 0.0
+    loop_start = time.time()
     bar = tqdm(total=args.total_updates, initial=first_step, unit=" updates", disable=args.total_updates == 0)
     for global_step in range(first_step, args.total_updates + 1):
         if global_step > first_step:
@@ -721,8 +742,10 @@ if __name__ == "__main__":
             if not all(map(math.isfinite, losses.values())):
                 sys.exit(f"A loss is NaN or infinite at update {global_step}: lower --learning-rate or --reward-scale.")
             if logging:
-                training_seconds = time.time() - loop_start - evaluation_seconds
-                scalars |= {**losses, "charts/SPS": (global_step - first_step) / training_seconds}
+                scalars |= {**losses, "charts/SPS": (global_step - first_step) / (time.time() - loop_start)}
+        if evaluation and (stopping or evaluating or evaluation.done()):
+            record(evaluated_step, *evaluation.result())
+            evaluation = None
         if stopping or evaluating:
             writer.flush()
             state = {
@@ -745,20 +768,12 @@ if __name__ == "__main__":
             writer.add_scalar(tag, value, global_step)
 
         if evaluating:
-            evaluation_start = time.time()
-            returns, successes = evaluate(envs, agent.actor.act, args.eval_episodes)
-            evaluation_seconds += time.time() - evaluation_start
-            result = summarize(args.env_id, returns, successes)
-            for name, value in result.items():
-                writer.add_scalar(f"charts/{name}", value, global_step)
-            row = [global_step, returns.mean(), returns.std()]
-            row += [result.get("normalized_score", ""), result.get("success_rate", ""), time.time() - start_time]
-            evaluations.append(",".join(map(str, row)))
-            evaluations_file.write(evaluations[-1] + "\n")
-            evaluations_file.flush()
-            summary = ", ".join(f"{name}={value:.2f}" for name, value in result.items())
-            bar.set_postfix_str(summary)
-            tqdm.write(f"global_step={global_step}, {summary}")
+            actor = copy.deepcopy(agent.actor).cpu()
+            evaluation = evaluator.submit(evaluate, envs, actor.act, args.eval_episodes)
+            evaluated_step = global_step
+            if not concurrent_eval or global_step == args.total_updates:
+                record(evaluated_step, *evaluation.result())
+                evaluation = None
 
     bar.close()
     if args.save_model:
@@ -767,4 +782,5 @@ if __name__ == "__main__":
     envs.close()
     evaluations_file.close()
     writer.close()
-    print(f"final: {args.env_id} with {args.dataset_id}, {args.total_updates} updates, seed {args.seed}: {summary}")
+    updates, summary = f"{args.total_updates} updates", summaries[args.total_updates]
+    print(f"final: {args.env_id} with {args.dataset_id}, {updates}, seed {args.seed}: {summary}")

@@ -1,5 +1,6 @@
 # Implicit Q-Learning (Kostrikov, Nair and Levine 2021, https://arxiv.org/abs/2110.06169), offline and then online.
 # Every update is the official implementation's: https://github.com/ikostrikov/implicit_q_learning
+import copy
 import io
 import json
 import math
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -111,6 +113,8 @@ class Args:
     """number of episodes of an evaluation"""
     eval_envs: int = min(10, os.cpu_count() or 1)
     """number of parallel evaluation environments, a process each"""
+    concurrent_eval: Optional[bool] = None
+    """whether training goes on during an evaluation (default: on a GPU only)"""
 
 
 def check_args(args, names, rule, holds):
@@ -719,9 +723,8 @@ if __name__ == "__main__":
     optimizers = make_optimizers(agent, args.learning_rate)
 
     # where the run stands: scalars go to TensorBoard next, evaluations are the rows of evaluations.csv
-    first_step, scalars, evaluations, start_time = 0, {}, [], time.time()
-    before, online_successes = "", []  # the evaluation before fine-tuning, and each online episode's success
-    online_steps = 0  # environment steps done so far
+    first_step, scalars, evaluations, summaries, start_time = 0, {}, [], {}, time.time()
+    online_steps, online_successes = 0, []  # environment steps done, and whether each online episode was a success
     if args.resume:
         if saved["device"] != device.type:
             sys.exit(
@@ -729,7 +732,7 @@ if __name__ == "__main__":
             )
         first_step, scalars, evaluations = saved["global_step"], saved["scalars"], saved["evaluations"]
         start_time -= saved["wall_seconds"]
-        before, online_successes, online_steps = saved["before"], saved["online_successes"], saved["online_steps"]
+        online_steps, online_successes, summaries = saved["online_steps"], saved["online_successes"], saved["summaries"]
         load_optimizers(optimizers, saved["optimizers"])
         rb.load_online(saved["online"], saved["position"])
         set_random_states(saved["random_states"], sampling_generator)
@@ -785,9 +788,27 @@ if __name__ == "__main__":
     if args.cudagraphs and device.type == "cuda":  # two graphs: the batches are not drawn alike
         offline_step, online_step = capture(step, sampling_generator), capture(step, sampling_generator)
 
+    # an evaluation has a thread and a copy of the actor; on a GPU training goes on meanwhile, for the cores are free
+    evaluator, evaluation, evaluated_step = ThreadPoolExecutor(1), None, None
+    concurrent_eval = device.type == "cuda" if args.concurrent_eval is None else args.concurrent_eval
+
+    def record(step, returns, successes):
+        result = summarize(args.env_id, returns, successes)
+        for name, value in result.items():
+            writer.add_scalar(f"charts/{name}", value, step)
+        row = [step, returns.mean(), returns.std()]
+        row += [result.get("normalized_score", ""), result.get("success_rate", ""), time.time() - start_time]
+        row += ["offline" if step <= offline_updates else "online"]
+        evaluations.append(",".join(map(str, row)))
+        evaluations_file.write(evaluations[-1] + "\n")
+        evaluations_file.flush()
+        summaries[step] = ", ".join(f"{name}={value:.2f}" for name, value in result.items())
+        bar.set_postfix_str(summaries[step])
+        tqdm.write(f"global_step={step}, {summaries[step]}")
+
     # training: global_step counts the updates done, offline and online
     obs = None  # no online episode is under way yet; one that was when a run stopped is not restored
-    loop_start, evaluation_seconds = time.time(), 0.0
+    loop_start = time.time()
     bar = tqdm(total=total_updates, initial=first_step, unit=" updates")
     for global_step in range(first_step, total_updates + 1):
         if global_step > first_step:
@@ -842,8 +863,10 @@ if __name__ == "__main__":
             if not all(map(math.isfinite, losses.values())):
                 sys.exit(f"A loss is NaN or infinite at update {global_step}: lower --learning-rate or --reward-scale.")
             if logging:
-                training_seconds = time.time() - loop_start - evaluation_seconds
-                scalars |= {**losses, "charts/SPS": (global_step - first_step) / training_seconds}
+                scalars |= {**losses, "charts/SPS": (global_step - first_step) / (time.time() - loop_start)}
+        if evaluation and (stopping or evaluating or evaluation.done()):
+            record(evaluated_step, *evaluation.result())
+            evaluation = None
         if stopping or evaluating:
             writer.flush()
             state = {
@@ -854,9 +877,9 @@ if __name__ == "__main__":
                 "online": rb.online(),
                 "position": rb.position,
                 "exploration": exploration_generator.get_state(),
-                "before": before,
-                "online_successes": online_successes,
                 "online_steps": online_steps,
+                "online_successes": online_successes,
+                "summaries": summaries,
                 "random_states": get_random_states(sampling_generator),
                 "global_step": global_step,
                 "scalars": scalars,
@@ -872,23 +895,12 @@ if __name__ == "__main__":
             writer.add_scalar(tag, value, global_step)
 
         if evaluating:
-            evaluation_start = time.time()
-            returns, successes = evaluate(eval_envs, agent.actor.act, args.eval_episodes)
-            evaluation_seconds += time.time() - evaluation_start
-            result = summarize(args.env_id, returns, successes)
-            for name, value in result.items():
-                writer.add_scalar(f"charts/{name}", value, global_step)
-            row = [global_step, returns.mean(), returns.std()]
-            row += [result.get("normalized_score", ""), result.get("success_rate", ""), time.time() - start_time]
-            row += ["offline" if global_step <= offline_updates else "online"]
-            evaluations.append(",".join(map(str, row)))
-            evaluations_file.write(evaluations[-1] + "\n")
-            evaluations_file.flush()
-            summary = ", ".join(f"{name}={value:.2f}" for name, value in result.items())
-            if global_step == offline_updates:
-                before = summary
-            bar.set_postfix_str(summary)
-            tqdm.write(f"global_step={global_step}, {summary}")
+            actor = copy.deepcopy(agent.actor).cpu()
+            evaluation = evaluator.submit(evaluate, eval_envs, actor.act, args.eval_episodes)
+            evaluated_step = global_step
+            if not concurrent_eval or global_step == total_updates:
+                record(evaluated_step, *evaluation.result())
+                evaluation = None
 
     bar.close()
     if args.save_model:
@@ -898,9 +910,9 @@ if __name__ == "__main__":
     eval_envs.close()
     evaluations_file.close()
     writer.close()
-    print(f"before fine-tuning: {before}")
+    print(f"before fine-tuning: {summaries[offline_updates]}")
     if online_successes:
         regret = 1 - np.mean(online_successes)
         print(f"regret (1 - success over the {len(online_successes)} online episodes): {regret:.3f}")
     updates = f"{offline_updates} offline and {total_updates - offline_updates} online updates"
-    print(f"final: {args.env_id} with {args.dataset_id}, {updates}, seed {args.seed}: {summary}")
+    print(f"final: {args.env_id} with {args.dataset_id}, {updates}, seed {args.seed}: {summaries[total_updates]}")

@@ -64,7 +64,7 @@ def assert_resumes_as(straight, script, folder, arguments=""):
         assert found == expected, name
 
 
-def kill_and_resume(script, folder, rng):
+def kill_and_resume(script, folder, rng, arguments):
     """Kill a run five times at random moments. Returns how many of the kills hit the writing of a checkpoint."""
 
     def lines():
@@ -79,7 +79,7 @@ def kill_and_resume(script, folder, rng):
     hits = 0
     for moment in ("first checkpoint", "writing", "begin", "writing", "anywhere"):
         lines_before, event_files_before = len(lines()), event_files()
-        process = start(script, folder, resume_arguments(folder) if event_files_before else "")
+        process = start(script, folder, resume_arguments(folder) if event_files_before else arguments)
         if moment == "first checkpoint":
             wait_until(lambda: any(folder.glob("runs/*/checkpoint.pt")), process)
         elif moment == "begin":
@@ -99,10 +99,12 @@ def kill_and_resume(script, folder, rng):
 
 
 def test_kills_at_random_moments_change_no_bit(script, straight, tmp_path):
+    """Whether training waits for its evaluations, as that of `straight` did, or goes on meanwhile."""
     lanes = range(4 if script == SCRIPTS[0] else 1)  # five kills each
 
     def kill(lane):
-        hits = kill_and_resume(script, tmp_path / str(lane), random.Random(lane))
+        arguments = "--concurrent-eval True" if lane % 2 else ""
+        hits = kill_and_resume(script, tmp_path / str(lane), random.Random(lane), arguments)
         assert_resumes_as(straight, script, tmp_path / str(lane))
         return hits
 
@@ -190,6 +192,16 @@ def test_a_run_killed_in_its_first_evaluation_leaves_no_process_and_resumes(scri
     process.kill()
     let_go(tmp_path)
     assert finish(process, timeout=20).returncode == -signal.SIGKILL
+    assert_resumes_as(straight, script, tmp_path)
+
+
+def test_a_run_stopped_while_it_trains_beside_an_evaluation_resumes(script, straight, tmp_path):
+    process = start_and_hang(script, tmp_path, "--concurrent-eval True")
+    process.send_signal(signal.SIGTERM)
+    let_go(tmp_path)
+    done = finish(process)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert checkpoint(tmp_path)["evaluations"], "the evaluation that was under way is not in the checkpoint"
     assert_resumes_as(straight, script, tmp_path)
 
 

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 COMMON = "--env-id AdroitHandPen-v1 --dataset-id bundled/pen/demos-v0 --eval-episodes 2 --eval-envs 2 --save-model"
 RUNS = {
     "straight": ("iql_continuous.py", "--total-updates 600 --eval-frequency 200"),
-    "again": ("iql_continuous.py", "--total-updates 600 --eval-frequency 200"),
+    "again": ("iql_continuous.py", "--total-updates 600 --eval-frequency 200 --concurrent-eval True"),
     "seldom": ("iql_continuous.py", "--total-updates 600 --eval-frequency 600"),
     "other_seed": ("iql_continuous.py", "--total-updates 600 --eval-frequency 600 --seed 2"),
     "finetune": (
@@ -21,7 +21,7 @@ RUNS = {
     ),
     "finetune_seldom": (
         "iql_finetune.py",
-        "--offline-updates 400 --online-steps 200 --learning-starts 0 --eval-frequency 600",
+        "--offline-updates 400 --online-steps 200 --learning-starts 0 --eval-frequency 600 --concurrent-eval True",
     ),
 }
 
@@ -53,7 +53,7 @@ def equal_bits(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(runs):
+def test_the_same_seed_gives_the_same_bits_evaluated_meanwhile_or_not_and_another_seed_does_not(runs):
     assert equal_bits(weights(runs["straight"]), weights(runs["again"]))
     assert not equal_bits(weights(runs["straight"]), weights(runs["other_seed"]))
     for row, again in zip(rows(runs["straight"]), rows(runs["again"]), strict=True):
