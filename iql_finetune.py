@@ -85,7 +85,7 @@ class Args:
     """number of parallel environments to collect with"""
     offline_fraction: Optional[float] = None
     """share of every online batch that is drawn from the dataset (default: uniform over the whole buffer)"""
-    exploration_scale: float = 0.1
+    exploration_scale: float = 0.3
     """factor on the policy's standard deviation while it collects"""
     batch_size: int = 256
     """the batch size of samples from the dataset"""
@@ -105,8 +105,8 @@ class Args:
     """dropout rate of the actor's hidden layers"""
     normalize_obs: bool = True
     """if toggled, observations are standardized with the dataset's mean and standard deviation"""
-    reward_scale: float = 0.05
-    """factor on the rewards that are learned from; 0.05 suits the thousands that Adroit episodes return"""
+    reward_scale: Optional[float] = None
+    """factor on the rewards that are learned from (default: the checkpoint's, without one 0.02)"""
     eval_frequency: int = 5000
     """number of updates between two evaluations"""
     eval_episodes: int = 20
@@ -667,6 +667,8 @@ if __name__ == "__main__":
         if "optimizers" not in saved or saved["args"].keys() != vars(args).keys():
             sys.exit(f"{run_dir} is not a run of this script or this version: resume it with the one that began it.")
         args = Args(**{**saved["args"], "resume": args.resume})
+    if args.reward_scale is None:
+        args.reward_scale = saved["args"]["reward_scale"] if saved else 0.02
     if args.track:
         import wandb
     offline_updates = 0 if args.checkpoint else args.offline_updates

@@ -113,3 +113,5 @@ def test_a_saved_model_evaluates_to_the_runs_last_score_and_starts_fine_tuning(r
     flags += " --dataset-id bundled/pen/demos-v0 --online-steps 110 --learning-starts 100 --exp-name tuned"
     output = run_script("iql_finetune.py", flags, tmp_path)
     assert f"before fine-tuning: episodic_return={float(last['episodic_return_mean']):.2f}" in output
+    (path,) = tmp_path.glob("runs/*__tuned__*/checkpoint.pt")
+    assert torch.load(path, weights_only=True)["args"]["reward_scale"] == 0.05  # the model's, not this script's default
