@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 # 25 evaluations with a checkpoint each, in about two seconds
 RUN_LENGTHS = {
     "iql_continuous": "--total-updates 240",
-    "iql_finetune": "--offline-updates 60 --online-steps 181 --learning-starts 1 --buffer-size 1000",
+    # whole episodes before the first online update: those of a resumed run, which begin anew, end where others do
+    "iql_finetune": "--offline-updates 60 --online-steps 190 --learning-starts 10 --buffer-size 1000",
 }
 SCRIPTS = list(RUN_LENGTHS)
 TINY = "--env-id tiny_env:Tiny-v0 --dataset-id tiny/good-v0 --no-cuda --batch-size 32 --save-model "

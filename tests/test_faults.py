@@ -7,6 +7,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -86,7 +87,8 @@ def kill_and_resume(script, folder, rng, arguments):
             wait_until(lambda: event_files() > event_files_before, process)  # noqa: B023
         else:
             # from here on also a half-written file that the last kill left is gone
-            wait_until(lambda: len(lines()) >= lines_before + 2, process)  # noqa: B023
+            more = rng.randint(2, 12) if moment == "anywhere" else 2
+            wait_until(lambda: len(lines()) >= lines_before + more, process)  # noqa: B023
         if moment == "writing":
             wait_until(temporary_exists, process)
         else:
@@ -195,14 +197,17 @@ def test_a_run_killed_in_its_first_evaluation_leaves_no_process_and_resumes(scri
     assert_resumes_as(straight, script, tmp_path)
 
 
-def test_a_run_stopped_while_it_trains_beside_an_evaluation_resumes(script, straight, tmp_path):
-    process = start_and_hang(script, tmp_path, "--concurrent-eval True")
+def test_a_run_stopped_while_it_trains_beside_an_evaluation_keeps_that(script, tmp_path):
+    longer = {"iql_continuous": "--total-updates 9999", "iql_finetune": "--offline-updates 9999"}[script]
+    process = start_and_hang(script, tmp_path, f"--concurrent-eval True --eval-frequency 9999 {longer}")
     process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.5)  # the evaluation of the untrained policy still hangs
     let_go(tmp_path)
-    done = finish(process)
-    assert done.returncode == 128 + signal.SIGTERM
-    assert checkpoint(tmp_path)["evaluations"], "the evaluation that was under way is not in the checkpoint"
-    assert_resumes_as(straight, script, tmp_path)
+    assert_refused(finish(process), f"go on with {resume_arguments(tmp_path)}")
+    saved = checkpoint(tmp_path)
+    assert 0 < saved["global_step"] < 9999
+    assert [row.split(",")[0] for row in saved["evaluations"]] == ["0"]
 
 
 def test_an_evaluation_process_that_dies_is_reported_with_its_exit_code(tmp_path):
