@@ -76,9 +76,9 @@ class Args:
     online_steps: int = 1_000_000
     """number of environment steps after that"""
     learning_starts: int = 20_000
-    """how many of them come before the first online update"""
+    """how many of them come before the first online update; their updates are caught up on after that"""
     updates_per_step: int = 1
-    """number of updates for every environment step"""
+    """number of online updates for every environment step"""
     buffer_size: int = 2_000_000
     """transitions the replay buffer holds, the dataset's included"""
     num_envs: int = 1
@@ -90,7 +90,9 @@ class Args:
     batch_size: int = 256
     """the batch size of samples from the dataset"""
     learning_rate: float = 3e-4
-    """the learning rate of all optimizers, constant as in the official fine-tuning"""
+    """the learning rate of all optimizers"""
+    anneal_lr: bool = True
+    """if toggled, the actor's falls on a cosine online; the official fine-tuning keeps it"""
     gamma: float = 0.99
     """the discount factor gamma"""
     tau: float = 0.005
@@ -106,7 +108,7 @@ class Args:
     normalize_obs: bool = True
     """if toggled, observations are standardized with the dataset's mean and standard deviation"""
     reward_scale: Optional[float] = None
-    """factor on the rewards that are learned from (default: the checkpoint's, without one 0.02)"""
+    """factor on the rewards that are learned from (default: the checkpoint's, without one 0.005)"""
     eval_frequency: int = 5000
     """number of updates between two evaluations"""
     eval_episodes: int = 20
@@ -657,8 +659,8 @@ if __name__ == "__main__":
     check_args(args, "gamma tau offline_fraction", "from 0 to 1", lambda x: 0 <= x <= 1)
     check_args(args, "actor_dropout", "at least 0 and below 1", lambda x: 0 <= x < 1)
     check_args(args, "seed", "from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32)
-    enough = f"0 or more than --learning-starts ({args.learning_starts})"
-    check_args(args, "online_steps", enough, lambda x: x == 0 or x > args.learning_starts)
+    enough = f"0 or at least --learning-starts ({args.learning_starts})"
+    check_args(args, "online_steps", enough, lambda x: x == 0 or x >= args.learning_starts)
     run_dir = Path(f"runs/{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}")
     saved = load_file(args.checkpoint) if args.checkpoint else None
     if args.resume:
@@ -668,11 +670,11 @@ if __name__ == "__main__":
             sys.exit(f"{run_dir} is not a run of this script or this version: resume it with the one that began it.")
         args = Args(**{**saved["args"], "resume": args.resume})
     if args.reward_scale is None:
-        args.reward_scale = saved["args"]["reward_scale"] if saved else 0.02
+        args.reward_scale = saved["args"]["reward_scale"] if saved else 0.005
     if args.track:
         import wandb
     offline_updates = 0 if args.checkpoint else args.offline_updates
-    total_updates = offline_updates + max(0, args.online_steps - args.learning_starts) * args.updates_per_step
+    total_updates = offline_updates + args.online_steps * args.updates_per_step
 
     # env setup: before anything starts a thread, see make_eval_envs
     num_eval_envs = min(args.eval_envs, args.eval_episodes)
@@ -817,7 +819,7 @@ if __name__ == "__main__":
             scalars = {}
             online_updates = global_step - offline_updates  # this one included; not above 0 while offline
             # the first online updates would repeat the few online transitions that there are: collect some before
-            steps_due = args.learning_starts + math.ceil(online_updates / args.updates_per_step)
+            steps_due = max(args.learning_starts, math.ceil(online_updates / args.updates_per_step))
             if online_updates == 1 and args.learning_starts > 0:
                 tqdm.write(f"collecting {args.learning_starts} steps before the first online update")
             while online_updates > 0 and online_steps < steps_due and not stop_signals:
@@ -852,6 +854,10 @@ if __name__ == "__main__":
                     online_successes += success[done].tolist()
                     scalars["charts/regret"] = 1 - np.mean(online_successes).item()
                 episodic_return[done], success[done] = 0.0, False
+            if args.anneal_lr and online_updates > 0:
+                # without it the policy at an evaluation is one of many that succeed between half the time and always
+                decay = 0.5 * (1 + math.cos(math.pi * (online_updates - 1) / (total_updates - offline_updates)))
+                optimizers[1].param_groups[0]["lr"].fill_(args.learning_rate * decay)
             metrics = online_step() if online_updates > 0 else offline_step()
             bar.update()
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 RUN_LENGTHS = {
     "iql_continuous": "--total-updates 240",
     # whole episodes before the first online update: those of a resumed run, which begin anew, end where others do
-    "iql_finetune": "--offline-updates 60 --online-steps 190 --learning-starts 10 --buffer-size 1000",
+    "iql_finetune": "--offline-updates 60 --online-steps 180 --learning-starts 10 --buffer-size 1000",
 }
 SCRIPTS = list(RUN_LENGTHS)
 TINY = "--env-id tiny_env:Tiny-v0 --dataset-id tiny/good-v0 --no-cuda --batch-size 32 --save-model "

@@ -30,7 +30,7 @@ OUT_OF_RANGE_OF = {
             "--offline-updates -1",
             "--online-steps -1",
             "--learning-starts -1",
-            "--online-steps 5",  # of which 20,000 come before the first update
+            "--online-steps 5",  # of 20,000 before the first update
             "--updates-per-step 0",
             "--num-envs 0",
             "--buffer-size 0",
@@ -146,6 +146,8 @@ CASES = {
         *("trained on tiny_env:Tiny-v0, not on tiny_env:Wide-v0",),
     ),
 }
+CASES |= {f"fine-tuning: {name}": case for name, case in CASES.items() if name.startswith("checkpoint of another")}
+CASES["fine-tuning: buffer smaller than the dataset"] = ("--buffer-size 9", "--buffer-size 9 is too small", "dataset's")
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +161,8 @@ def refusals(minari_root, tmp_path_factory):
 
     def refuse(name):
         folder, path = tmp_path_factory.mktemp("case"), os.pathsep.join([str(absent), str(ROOT / "tests")])
-        return finish(start("iql_continuous", folder, CASES[name][0].format(models), PYTHONPATH=path)), folder
+        script = "iql_finetune" if name.startswith("fine-tuning") else "iql_continuous"
+        return finish(start(script, folder, CASES[name][0].format(models), PYTHONPATH=path)), folder
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(CASES, pool.map(refuse, CASES), strict=True))

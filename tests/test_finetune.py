@@ -2,12 +2,14 @@
 
 import ast
 import inspect
+import math
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from processes import run, run_dir
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import iql_continuous
 import iql_finetune
@@ -39,7 +41,7 @@ def test_arguments_of_both_scripts_differ_only_where_they_should():
     assert continuous.keys() - finetune.keys() == {"total_updates"}
     assert finetune.keys() - continuous.keys() == {
         *("offline_updates", "online_steps", "learning_starts", "updates_per_step", "num_envs"),
-        *("buffer_size", "offline_fraction", "exploration_scale"),
+        *("buffer_size", "offline_fraction", "exploration_scale", "anneal_lr"),
     }
 
 
@@ -114,7 +116,11 @@ def test_what_is_stored_online_is_what_happened(updates_per_step, tmp_path):
     run("iql_finetune", tmp_path, flags)
     saved = torch.load(run_dir(tmp_path) / "checkpoint.pt", weights_only=True)
     online, model = saved["online"], saved["agent"]
-    assert saved["global_step"] == 10 + 18 * updates_per_step  # the first 42 steps are only collected
+    assert saved["global_step"] == 10 + 60 * updates_per_step
+    events = EventAccumulator(str(run_dir(tmp_path))).Reload()
+    # episodes of ten steps: two of each environment before the first online update, the third when it is due
+    ends = [event.step for event in events.Scalars("charts/online_episodic_return")]
+    assert ends == [11, 10 + 58 * updates_per_step + 1]
     assert len(online["rewards"]) == 60 and not online["terminations"].any()  # Tiny's time limit is no termination
     state, next_state = (
         (online[name] * model["actor.obs_std"] + model["actor.obs_mean"]).view(30, 2, 3)  # a row is a step of both
@@ -130,3 +136,11 @@ def test_what_is_stored_online_is_what_happened(updates_per_step, tmp_path):
     follows = torch.isclose(state[1:], next_state[:-1], rtol=1e-4, atol=1e-4).all(2)
     begins = torch.arange(1, 30) % 10 == 0
     assert torch.equal(follows, ~begins[:, None].expand(29, 2))
+
+
+@pytest.mark.parametrize("flag, factor", [("", 0.5 * (1 + math.cos(math.pi * 19 / 20))), ("--no-anneal-lr", 1)])
+def test_the_actors_learning_rate_alone_falls_online(flag, factor, tmp_path):
+    run("iql_finetune", tmp_path, f"--offline-updates 30 --online-steps 20 --learning-rate 0.001 {flag}")
+    saved = torch.load(run_dir(tmp_path) / "checkpoint.pt", weights_only=True)
+    rates = [optimizer["param_groups"][0]["lr"].item() for optimizer in saved["optimizers"]]
+    assert rates == pytest.approx([0.001, 0.001 * factor, 0.001])
