@@ -161,12 +161,20 @@ def make_eval_envs(env_id, num_envs, video_folder=None, video_every=1):
     """Parallel environments, a process each. Exits with a sentence if `env_id` is unknown or its spaces are no Box.
 
     Call it before anything starts a thread or CUDA: on Linux the workers are forked, which is fast, and safe only then.
-    Elsewhere they are spawned and import this file.
+    Elsewhere, and for videos, since graphics libraries do not survive a fork, they are spawned and import this file.
     """
     try:
         env = make_env(env_id, 0, video_folder)()
+        if video_folder:
+            env.unwrapped.reset()
+            env.unwrapped.render()
     except (gym.error.Error, ImportError) as error:
         sys.exit(f"{env_id} cannot be made, change --env-id or install what it needs: {error}")
+    except Exception as error:
+        if not video_folder:
+            raise
+        # graphics libraries raise anything
+        sys.exit(f"{env_id} cannot be filmed, set MUJOCO_GL=egl or leave --capture-video out: {error}")
     for name, space in (("observation", env.observation_space), ("action", env.action_space)):
         if not isinstance(space, gym.spaces.Box):
             sys.exit(f"{env_id} has a {type(space).__name__} {name} space: only Box spaces are supported.")
@@ -176,7 +184,7 @@ def make_eval_envs(env_id, num_envs, video_folder=None, video_every=1):
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers leave Ctrl-C to the main process
     envs = gym.vector.AsyncVectorEnv(
         [make_env(env_id, i, video_folder, video_every) for i in range(num_envs)],
-        context="fork" if sys.platform == "linux" else None,
+        context="fork" if sys.platform == "linux" and not video_folder else "spawn",
     )
     signal.signal(signal.SIGINT, interrupt)
     return envs

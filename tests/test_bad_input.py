@@ -177,6 +177,15 @@ def test_bad_input_is_refused_with_a_sentence(name, refusals):
     assert {path.name for path in folder.iterdir()} <= {"videos"}
 
 
+def test_an_environment_that_cannot_be_rendered_is_said_before_anything_is_trained(tmp_path):
+    (tmp_path / "dark").touch()
+    (tmp_path / "moviepy.py").touch()  # makes it installed wherever the tests run
+    path = os.pathsep.join([str(tmp_path), str(ROOT / "tests")])
+    done = finish(start("iql_continuous", tmp_path, "--capture-video", PYTHONPATH=path))
+    assert_refused(done, "tiny_env:Tiny-v0 cannot be filmed", "leave --capture-video out: no screen")
+    assert not (tmp_path / "runs").exists()
+
+
 def copy_with_demonstrations(script, folder):
     """A copy of a script, with a stand-in for the bundled dataset of the door task beside it."""
     folder.mkdir()

@@ -16,6 +16,7 @@ class Tiny(gym.Env):
     """A point that drifts with the action, for ten steps.
 
     Once there are runs in the working directory, a file `die`, `raise` or `hang` beside them makes the next step do so.
+    Where there is a file `dark`, it cannot be rendered.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
@@ -42,6 +43,8 @@ class Tiny(gym.Env):
         return self.state.copy(), -distance, False, False, {"success": distance < 2}
 
     def render(self):
+        if Path("dark").exists():
+            raise RuntimeError("no screen")
         return np.zeros((16, 16, 3), np.uint8)
 
 
