@@ -87,6 +87,8 @@ class Args:
     """share of every online batch that is drawn from the dataset (default: uniform over the whole buffer)"""
     exploration_scale: float = 0.3
     """factor on the policy's standard deviation while it collects"""
+    exploration_correlation: float = 0.0
+    """how much of the noise of one step stays in the next: 0 is white noise"""
     batch_size: int = 256
     """the batch size of samples from the dataset"""
     learning_rate: float = 3e-4
@@ -643,15 +645,18 @@ class ReplayBuffer:
 
 
 @torch.no_grad()
-def explore(actor, obs, exploration_scale, generator):
+def explore(actor, obs, noise, scale, correlation, generator):
     """Sample from the policy's Gaussian, clipped to the bounds, at normalized observations (batch, obs_dim).
 
-    Returns actions in the networks' units and in the environment's (NumPy), both (batch, act_dim).
+    `noise` (batch, act_dim) is what this returned for the step before, None at the first: the noise of successive steps
+    is an AR(1) process of variance 1, in discrete time what DDPG (Lillicrap et al. 2016, Section 3) explores with.
+    Returns the noise, and actions in the networks' units and in the environment's (NumPy), all (batch, act_dim).
     """
     mean, log_std = actor(obs)
-    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-    actions = (mean + exploration_scale * log_std.exp() * noise).clamp(-1, 1)
-    return actions, (actions * actor.action_scale + actor.action_bias).cpu().numpy()
+    white_noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+    noise = white_noise if noise is None else correlation * noise + math.sqrt(1 - correlation**2) * white_noise
+    actions = (mean + scale * log_std.exp() * noise).clamp(-1, 1)
+    return noise, actions, (actions * actor.action_scale + actor.action_bias).cpu().numpy()
 
 
 if __name__ == "__main__":
@@ -665,7 +670,7 @@ if __name__ == "__main__":
     check_args(args, "learning_rate max_weight reward_scale", "more than 0", lambda x: 0 < x < math.inf)
     check_args(args, "expectile", "between 0 and 1", lambda x: 0 < x < 1)
     check_args(args, "gamma tau offline_fraction", "from 0 to 1", lambda x: 0 <= x <= 1)
-    check_args(args, "actor_dropout", "at least 0 and below 1", lambda x: 0 <= x < 1)
+    check_args(args, "actor_dropout exploration_correlation", "at least 0 and below 1", lambda x: 0 <= x < 1)
     check_args(args, "seed", "from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32)
     enough = f"0 or at least --learning-starts ({args.learning_starts})"
     check_args(args, "online_steps", enough, lambda x: x == 0 or x >= args.learning_starts)
@@ -828,14 +833,18 @@ if __name__ == "__main__":
             online_updates = global_step - offline_updates  # this one included; not above 0 while offline
             # the first online updates would repeat the few online transitions that there are: collect some before
             steps_due = max(args.learning_starts, math.ceil(online_updates / args.updates_per_step))
-            if online_updates == 1 and args.learning_starts > 0:
-                tqdm.write(f"collecting {args.learning_starts} steps before the first online update")
+            if online_updates > 0 and online_steps < args.learning_starts:
+                tqdm.write(f"collecting {args.learning_starts - online_steps} steps before the online updates")
             while online_updates > 0 and online_steps < steps_due and not stop_signals:
                 online_steps += args.num_envs
                 if obs is None:
                     obs = agent.actor.normalize(envs.reset(seed=args.seed + global_step)[0])
                     episodic_return, success = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=bool)
-                actions, env_actions = explore(agent.actor, obs, args.exploration_scale, exploration_generator)
+                    noise = None
+                scale, correlation = args.exploration_scale, args.exploration_correlation
+                noise, actions, env_actions = explore(
+                    agent.actor, obs, noise, scale, correlation, exploration_generator
+                )
                 next_obs, rewards, terminations, truncations, infos = envs.step(
                     env_actions.reshape(envs.action_space.shape)
                 )

@@ -36,6 +36,7 @@ OUT_OF_RANGE_OF = {
             "--buffer-size 0",
         ),
         *("--offline-fraction 1.1", "--offline-fraction nan", "--exploration-scale -1", "--exploration-scale nan"),
+        *("--exploration-correlation -0.1", "--exploration-correlation 1", "--exploration-correlation nan"),
     ],
 }
 

@@ -41,7 +41,7 @@ def test_arguments_of_both_scripts_differ_only_where_they_should():
     assert continuous.keys() - finetune.keys() == {"total_updates"}
     assert finetune.keys() - continuous.keys() == {
         *("offline_updates", "online_steps", "learning_starts", "updates_per_step", "num_envs"),
-        *("buffer_size", "offline_fraction", "exploration_scale", "anneal_lr"),
+        *("buffer_size", "offline_fraction", "exploration_scale", "exploration_correlation", "anneal_lr"),
     }
 
 
@@ -84,13 +84,25 @@ def test_exploration_is_the_policys_gaussian_times_a_scale_inside_the_bounds():
     actor.log_std.data[:] = torch.tensor([-2.0, -3.0])
     actor.action_scale[:], actor.action_bias[:] = 2.0, 1.0
     obs = torch.zeros(20_000, 3)
-    actions, env_actions = iql_finetune.explore(actor, obs, 0.5, torch.Generator().manual_seed(0))
+    _, actions, env_actions = iql_finetune.explore(actor, obs, None, 0.5, 0.9, torch.Generator().manual_seed(0))
     torch.testing.assert_close(actions.mean(0), actor(obs[:1])[0][0], atol=0.01, rtol=0)
     torch.testing.assert_close(actions.std(0), 0.5 * torch.tensor([-2.0, -3.0]).exp(), atol=0.002, rtol=0)
     np.testing.assert_allclose(env_actions, actions * 2 + 1)
     actor.log_std.data[:] = 2.0
-    actions, _ = iql_finetune.explore(actor, obs, 1.0, torch.Generator().manual_seed(0))
+    _, actions, _ = iql_finetune.explore(actor, obs, None, 1.0, 0.0, torch.Generator().manual_seed(0))
     assert actions.abs().max() == 1
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.9])
+def test_the_noise_of_successive_steps_is_as_correlated_as_asked_and_no_wider(correlation):
+    actor, obs, generator = iql_finetune.Actor(3, 2), torch.zeros(20_000, 3), torch.Generator().manual_seed(0)
+    actor.log_std.data[:] = -3.0
+    noise, steps = None, []
+    for _ in range(4):
+        noise, actions, _ = iql_finetune.explore(actor, obs, noise, 2.0, correlation, generator)
+        steps.append((actions[:, 0] - actor(obs)[0][:, 0]) / (2.0 * math.exp(-3.0)))
+    expected = torch.tensor([[correlation ** abs(i - j) for j in range(4)] for i in range(4)])
+    torch.testing.assert_close(torch.cov(torch.stack(steps)), expected, atol=0.03, rtol=0)
 
 
 def test_the_environments_step_returns_what_the_script_counts_on_where_an_episode_ends():
@@ -136,6 +148,17 @@ def test_what_is_stored_online_is_what_happened(updates_per_step, tmp_path):
     follows = torch.isclose(state[1:], next_state[:-1], rtol=1e-4, atol=1e-4).all(2)
     begins = torch.arange(1, 30) % 10 == 0
     assert torch.equal(follows, ~begins[:, None].expand(29, 2))
+
+
+def test_the_noise_of_a_run_is_as_correlated_as_asked(tmp_path):
+    flags = "--offline-updates 1 --online-steps 40 --learning-starts 40 --learning-rate 1e-12 --actor-dropout 0"
+    run("iql_finetune", tmp_path, f"{flags} --exploration-scale 0.1 --exploration-correlation 0.99")
+    saved = torch.load(run_dir(tmp_path) / "checkpoint.pt", weights_only=True)
+    agent = iql_finetune.Agent(3, 2)
+    agent.load_state_dict(saved["agent"])
+    mean, log_std = agent.actor(saved["online"]["observations"])
+    noise = ((saved["online"]["actions"] - mean) / (0.1 * log_std.exp())).detach()
+    assert 0.5 < noise.diff(dim=0).std() / math.sqrt(2 * (1 - 0.99)) < 1.5
 
 
 @pytest.mark.parametrize("flag, factor", [("", 0.5 * (1 + math.cos(math.pi * 19 / 20))), ("--no-anneal-lr", 1)])
