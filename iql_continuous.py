@@ -154,10 +154,9 @@ def make_eval_envs(env_id, num_envs, video_folder=None, video_every=1):
             env.unwrapped.render()
     except (gym.error.Error, ImportError) as error:
         sys.exit(f"{env_id} cannot be made, change --env-id or install what it needs: {error}")
-    except Exception as error:
+    except Exception as error:  # graphics libraries raise anything
         if not video_folder:
             raise
-        # graphics libraries raise anything
         sys.exit(f"{env_id} cannot be filmed, set MUJOCO_GL=egl or leave --capture-video out: {error}")
     for name, space in (("observation", env.observation_space), ("action", env.action_space)):
         if not isinstance(space, gym.spaces.Box):

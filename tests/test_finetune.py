@@ -125,7 +125,7 @@ def test_the_environments_step_returns_what_the_script_counts_on_where_an_episod
 def test_what_is_stored_online_is_what_happened(updates_per_step, tmp_path):
     flags = "--offline-updates 10 --online-steps 60 --learning-starts 42 --num-envs 2 --reward-scale 0.5"
     flags += f" --actor-dropout 0 --exploration-scale 2 --updates-per-step {updates_per_step}"
-    run("iql_finetune", tmp_path, flags)
+    assert "collecting 42 steps before the online updates" in run("iql_finetune", tmp_path, flags)
     saved = torch.load(run_dir(tmp_path) / "checkpoint.pt", weights_only=True)
     online, model = saved["online"], saved["agent"]
     assert saved["global_step"] == 10 + 60 * updates_per_step
