@@ -16,7 +16,8 @@ SHORT = {
 
 def test_the_readme_shows_how_to_start_and_how_to_test():
     assert "python iql_continuous.py --env-id AdroitHandHammer-v1 --total-updates 10000" in COMMANDS
-    assert any("pytest -q tests" in block and "pip install -r requirements.txt" in block for block in BLOCKS)
+    tests = (ROOT / ".ci" / "run").read_text().splitlines()[-1]
+    assert any(tests in block and "pip install -r requirements.txt" in block for block in BLOCKS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
