@@ -1,24 +1,37 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "numpy==2.4.6",
+#     "minari[hdf5,hf]==0.5.4",
+#     "gymnasium==1.4.0",
+#     "gymnasium-robotics==1.4.2",
+#     "mujoco==4.0.0",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "tqdm==4.70.1",
+# ]
+# ///
 # Implicit Q-Learning (Kostrikov, Nair and Levine 2021, https://arxiv.org/abs/2110.06169), offline, in one file.
 # Every update is the official implementation's: https://github.com/ikostrikov/implicit_q_learning
 import copy
-import io
+import csv
 import json
 import math
+import multiprocessing
 import os
-import random
+import pickle
 import re
+import shlex
 import signal
 import sys
-import threading
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
 import gymnasium as gym
-import gymnasium_robotics
 import minari
 import numpy as np
 import torch
@@ -26,9 +39,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.optim as optim
 import tyro
-from torch.autograd.function import once_differentiable
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+try:
+    import gymnasium_robotics
+except (ImportError, AttributeError):  # MUJOCO_GL names a library that is not there: only videos need one
+    os.environ["MUJOCO_GL"] = "disable"
+    import gymnasium_robotics
+import mujoco
 
 gym.register_envs(gymnasium_robotics)
 
@@ -43,10 +62,10 @@ class Args:
     """if toggled, only deterministic algorithms are used: the same seed gives the same bits on the same machine"""
     cuda: bool = True
     """if toggled, cuda will be used where there is a GPU"""
-    compile: bool = True
-    """if toggled, a GPU runs the update compiled by torch.compile"""
     cudagraphs: bool = True
-    """if toggled, a GPU runs the update as one CUDA graph"""
+    """if toggled, a GPU runs the update as one CUDA graph; --no-cudagraphs if it cannot be captured"""
+    compile: bool = False
+    """if toggled, a GPU runs the update compiled by torch.compile, which takes a minute at the start"""
     tf32: bool = False
     """if toggled, a GPU may round the factors of matrix products to TF32"""
     track: bool = False
@@ -56,13 +75,11 @@ class Args:
     wandb_entity: Optional[str] = None
     """the entity (team) of wandb's project"""
     capture_video: bool = False
-    """whether to record one episode of every evaluation (check out the `videos` folder)"""
-    save_model: bool = False
-    """whether to save the trained model as `model.pt` in the run directory"""
+    """whether to film one episode of the final policy (check out the `videos` folder)"""
     checkpoint: Optional[str] = None
-    """a saved model to start from (with --total-updates 0 it is only evaluated, and needs no dataset)"""
+    """a checkpoint.pt or best.pt to start from (with --total-updates 0 it is only evaluated, and needs no dataset)"""
     resume: Optional[str] = None
-    """the directory of an interrupted run: go on with it, under its own arguments, whatever else is given"""
+    """the directory of a run to go on with, under its own arguments but for those that are given anew"""
 
     # Algorithm specific arguments
     env_id: str = "AdroitHandHammer-v1"
@@ -72,7 +89,7 @@ class Args:
     max_episodes: Optional[int] = None
     """use only this many episodes, the dataset's first"""
     total_updates: int = 1_000_000
-    """number of updates"""
+    """number of updates; a resumed run with a new number goes on on the new number's cosine"""
     batch_size: int = 256
     """the batch size of samples from the dataset"""
     learning_rate: float = 3e-4
@@ -91,24 +108,32 @@ class Args:
     """dropout rate of the actor's hidden layers"""
     normalize_obs: bool = True
     """if toggled, observations are standardized with the dataset's mean and standard deviation"""
-    reward_scale: float = 0.05
-    """factor on the rewards that are learned from; 0.05 suits the thousands that Adroit episodes return"""
+    reward_scale: Optional[float] = None
+    """factor on the rewards that are learned from (default: the checkpoint's, else 0.05 for Adroit, 1 elsewhere)"""
     eval_frequency: int = 5000
     """number of updates between two evaluations"""
     eval_episodes: int = 20
     """number of episodes of an evaluation"""
-    eval_envs: int = min(10, os.cpu_count() or 1)
+    final_episodes: int = 100
+    """number of episodes of the last evaluation, which is the run's score"""
+    eval_envs: int = min(10, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     """number of parallel evaluation environments, a process each"""
-    concurrent_eval: Optional[bool] = None
-    """whether training goes on during an evaluation (default: on a GPU only)"""
 
+    def __post_init__(self):
+        def require(holds, rule, *names):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not holds(value):
+                    raise ValueError(f"--{name.replace('_', '-')} must be {rule}, not {value}.")
 
-def check_args(args, names, rule, holds):
-    """Exit with a sentence if one of the named arguments breaks a rule; None is no value."""
-    for name in names.split():
-        value = getattr(args, name)
-        if value is not None and not holds(value):
-            sys.exit(f"--{name.replace('_', '-')} must be {rule}, not {value}.")
+        require(lambda x: x >= 1, "at least 1", "batch_size", "max_episodes", "eval_frequency")
+        require(lambda x: x >= 1, "at least 1", "eval_episodes", "final_episodes", "eval_envs")
+        require(lambda x: 0 <= x < math.inf, "at least 0", "total_updates", "beta")
+        require(lambda x: 0 < x < math.inf, "more than 0", "learning_rate", "max_weight", "reward_scale")
+        require(lambda x: 0 < x < 1, "between 0 and 1", "expectile")
+        require(lambda x: 0 <= x <= 1, "from 0 to 1", "gamma", "tau")
+        require(lambda x: 0 <= x < 1, "at least 0 and below 1", "actor_dropout")
+        require(lambda x: 0 <= x < 2**32, "from 0 to 2**32 - 1", "seed")
 
 
 # D4RL's horizon and reference returns of a random policy and of the expert (d4rl/infos.py), by Adroit task
@@ -128,56 +153,89 @@ def adroit_task(env_id):
     return match and match[1].lower()
 
 
-def make_env(env_id, idx=0, video_folder=None, video_every=1):
-    """Thunk of an environment, as in CleanRL; an Adroit episode lasts as long as in D4RL, whatever is registered."""
+class D4RLRules(gym.Wrapper):
+    """What D4RL (d4rl/hand_manipulation_suite) does otherwise than gymnasium-robotics' v1 tasks with dense rewards."""
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        task = adroit_task(self.spec.id)
+        if task == "pen":
+            terminated = terminated or bool(obs[26] < 0.075)  # a dropped pen ends the episode
+        else:
+            # a hand that is far from the object pays 0.1 a meter, here it earns them
+            reach = {"hammer": obs[33:36] - obs[36:39], "door": obs[35:38], "relocate": obs[30:33]}[task]
+            reward -= 0.2 * np.linalg.norm(reach)
+        return obs, reward, terminated, truncated, info
+
+
+class ScaledActions(gym.ActionWrapper):
+    """Takes actions (act_dim,) in [-1, 1] for a Box of any shape, bounds and dtype."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.action_space = gym.spaces.Box(-1, 1, (math.prod(env.action_space.shape),), np.float32)
+
+    def action(self, action):
+        box = self.env.action_space
+        low, high = box.low.astype(np.float64), box.high.astype(np.float64)
+        action = low + (np.reshape(action, box.shape).astype(np.float64) + 1) / 2 * (high - low)
+        if np.issubdtype(box.dtype, np.integer):
+            action = np.rint(action)
+        return np.clip(action, low, high).astype(box.dtype)
+
+
+def make_env(env_id, render_mode=None):
+    """Thunk of an environment with observations (obs_dim,) and actions (act_dim,) in [-1, 1].
+
+    An Adroit episode lasts as long as in D4RL and is rewarded as there, whatever is registered.
+    """
 
     def thunk():
-        horizon = ADROIT[adroit_task(env_id)][0] if adroit_task(env_id) else None
-        if video_folder and idx == 0:
-            env = gym.make(env_id, max_episode_steps=horizon, render_mode="rgb_array")
-            return gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda e: e % video_every == 0)
-        return gym.make(env_id, max_episode_steps=horizon)
+        task = adroit_task(env_id)
+        env = gym.make(env_id, max_episode_steps=ADROIT[task][0] if task else None, render_mode=render_mode)
+        if task and env_id.endswith("-v1"):
+            env = D4RLRules(env)
+        return ScaledActions(gym.wrappers.FlattenObservation(env))
 
     return thunk
 
 
-def make_eval_envs(env_id, num_envs, video_folder=None, video_every=1):
-    """Parallel environments, a process each. Exits with a sentence if `env_id` is unknown or its spaces are no Box.
-
-    Call it before anything starts a thread or CUDA: on Linux the workers are forked, which is fast, and safe only then.
-    Elsewhere, and for videos, since graphics libraries do not survive a fork, they are spawned and import this file.
-    """
+def check_env(env_id):
+    """The environment as it is registered. Exits with a sentence if it is unknown or nothing for this script."""
     try:
-        env = make_env(env_id, 0, video_folder)()
-        if video_folder:
-            env.unwrapped.reset()
-            env.unwrapped.render()
+        env = gym.make(env_id)
     except (gym.error.Error, ImportError) as error:
         sys.exit(f"{env_id} cannot be made, change --env-id or install what it needs: {error}")
-    except Exception as error:  # graphics libraries raise anything
-        if not video_folder:
-            raise
-        sys.exit(f"{env_id} cannot be filmed, set MUJOCO_GL=egl or leave --capture-video out: {error}")
-    for name, space in (("observation", env.observation_space), ("action", env.action_space)):
+    if env.spec.max_episode_steps is None:
+        sys.exit(f"{env_id} has no time limit: register it with max_episode_steps.")
+    parts = env.observation_space.spaces.values() if isinstance(env.observation_space, gym.spaces.Dict) else []
+    for space in parts or [env.observation_space]:
         if not isinstance(space, gym.spaces.Box):
-            sys.exit(f"{env_id} has a {type(space).__name__} {name} space: only Box spaces are supported.")
-    if not env.action_space.is_bounded():
-        sys.exit(f"{env_id} has unbounded actions: only action spaces with finite bounds are supported.")
-    env.close()
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers leave Ctrl-C to the main process
-    envs = gym.vector.AsyncVectorEnv(
-        [make_env(env_id, i, video_folder, video_every) for i in range(num_envs)],
-        context="fork" if sys.platform == "linux" and not video_folder else "spawn",
-    )
-    signal.signal(signal.SIGINT, interrupt)
-    return envs
+            sys.exit(f"{env_id} has {space} in its observations: only a Box or a Dict of Boxes is supported.")
+    if not isinstance(env.action_space, gym.spaces.Box):
+        sys.exit(f"{env_id} has the action space {env.action_space}: only a Box is supported.")
+    with np.errstate(over="ignore"):
+        width = (env.action_space.high.astype(np.float64) - env.action_space.low).astype(np.float32).flatten()
+    for i in np.flatnonzero(~((width > 0) & (width < np.inf))):
+        sys.exit(f"{env_id} has a range of {width[i]} in dimension {i} of its actions: it must be finite and not 0.")
+    return env
+
+
+def make_eval_envs(env_id, num_envs):
+    """Parallel environments, a process each.
+
+    Call it before anything starts a thread or CUDA: on Linux the workers are forked, which is fast, and safe only then.
+    Elsewhere they are spawned and import this file.
+    """
+    context = "fork" if sys.platform == "linux" else "spawn"
+    return gym.vector.AsyncVectorEnv([make_env(env_id)] * num_envs, context=context)
 
 
 def evaluate(envs, policy, episodes):
     """Run whole episodes, the k-th from reset seed EVAL_SEED + k.
 
-    `policy` maps observations (num_envs, ...) to actions (num_envs, ...). Returns the undiscounted episodic returns
-    (episodes,) and whether `info["success"]` held at any step (episodes,), None if the environment never says.
+    `policy` maps observations (num_envs, obs_dim) to actions (num_envs, act_dim). Returns the undiscounted episodic
+    returns (episodes,) and whether `info["success"]` held at any step (episodes,), None if no episode says.
     Exits with a sentence if a worker process dies.
     """
     returns, successes = np.zeros(0), np.zeros(0, dtype=bool)
@@ -189,7 +247,7 @@ def evaluate(envs, policy, episodes):
             running = np.ones(envs.num_envs, dtype=bool)  # what follows an episode's end, autoreset too, is ignored
             while running.any():
                 obs, rewards, terminations, truncations, infos = envs.step(policy(obs))
-                episodic_return += np.where(running, rewards, 0.0)
+                episodic_return += np.where(running, rewards.reshape(envs.num_envs), 0.0)
                 if "success" in infos:
                     reports_success = True
                     success |= running & np.asarray(infos["success"], dtype=bool)
@@ -198,24 +256,22 @@ def evaluate(envs, policy, episodes):
     except (EOFError, ConnectionError) as error:
         time.sleep(1)  # the exit code comes a moment after the broken pipe
         codes = [process.exitcode for process in envs.processes if not process.is_alive()]
-        sys.exit(
-            f"An evaluation process died (exit codes {codes}, {type(error).__name__}): remove the cause and --resume."
-        )
+        sys.exit(f"An evaluation process died (exit codes {codes}, {type(error).__name__}): mend it and --resume.")
     return returns[:episodes], successes[:episodes] if reports_success else None
 
 
-def summarize(env_id, returns, successes=None):
-    """Mean return, D4RL's normalized score (0 is random, 100 the expert) and success rate: those that are known."""
+def summarize(returns, successes, reference):
+    """Mean return, normalized score (0 and 100 are the `reference` returns) and success rate: those that are known."""
     result = {"episodic_return": returns.mean().item()}
-    if task := adroit_task(env_id):
-        _, random_return, expert_return = ADROIT[task]
+    if reference:
+        random_return, expert_return = reference
         result["normalized_score"] = 100 * (result["episodic_return"] - random_return) / (expert_return - random_return)
     if successes is not None:
         result["success_rate"] = successes.mean().item()
     return result
 
 
-def find_dataset(env_id, dataset_id=None):
+def load_dataset(env_id, dataset_id=None):
     """Open a Minari dataset, downloading it if need be. Exits with a sentence if there is none.
 
     Without `dataset_id` it is D4RL's expert set of the Adroit task or, where that cannot be had, the small one that
@@ -224,115 +280,101 @@ def find_dataset(env_id, dataset_id=None):
     task = adroit_task(env_id)
     if dataset_id is None and task is None:
         sys.exit(f"{env_id} has no default dataset: name one with --dataset-id (`minari list remote` lists them).")
-    wanted, bundled_id = dataset_id or f"D4RL/{task}/expert-v2", f"bundled/{task}/demos-v0"
-    local, bundled = minari.storage.get_dataset_path(), Path(__file__).parent / "tests" / "datasets"
-    path = bundled / wanted if (bundled / wanted / "data").exists() else local / wanted
-    if not (path / "data").exists():
-        print(
-            f"{path} does not exist: downloading {wanted} (without a network this gives up in half a minute) ...",
-            flush=True,
-        )
+    wanted, bundled = dataset_id or f"D4RL/{task}/expert-v2", Path(__file__).resolve().parent / "tests" / "datasets"
+    path = bundled / wanted
+    if not path.exists():
         try:
-            minari.download_dataset(wanted)
+            path = minari.storage.get_dataset_path(wanted)
+            if not path.exists():
+                print(f"{wanted} is not in {path}: downloading it ...", flush=True)
+                minari.download_dataset(wanted)
         except Exception as error:  # whatever the libraries between here and the server raise
-            sentence = f"{wanted} could not be downloaded ({type(error).__name__})"
-            wanted, path = bundled_id, bundled / bundled_id
+            path, reason = bundled / f"bundled/{task}/demos-v0", f"could not be downloaded ({type(error).__name__})"
             if dataset_id is not None or not path.exists():
-                sys.exit(f"{sentence}: check the network and the id, `minari list remote` lists all.")
-            line = "!" * 80
-            print(f"{line}\n{sentence}.\nUsing the small {bundled_id}: its scores are not D4RL scores.\n{line}")
+                sys.exit(f"{wanted} {reason}: check the network and the id, `minari list remote` lists all.")
+            print(f"{wanted} {reason}. Using bundled/{task}/demos-v0: ITS SCORES ARE NOT D4RL SCORES.")
     try:
-        # without spaces in the metadata Minari would ask the environment that they name, and run whatever that is
         metadata = json.loads((path / "data" / "metadata.json").read_text())
-        if not {"observation_space", "action_space"} <= metadata.keys():
-            raise ValueError("metadata.json names no spaces")
+        if metadata["minari_version"] not in minari.supported_dataset_versions:
+            sys.exit(
+                f"{wanted} is of Minari {metadata['minari_version']}, which Minari {minari.__version__} cannot read."
+            )
+        # without them Minari would make the environment that the metadata name, and run whatever that is
+        metadata["observation_space"], metadata["action_space"]
         dataset = minari.MinariDataset(path / "data")
-        if dataset.id != wanted:
-            raise ValueError(f"it calls itself {dataset.id}")
-        return dataset
-    except Exception as error:  # a damaged file can raise anything
-        sys.exit(f"{wanted} cannot be read, delete {path} and get it again: {type(error).__name__}: {error}")
+    except ImportError as error:
+        sys.exit(f"{wanted} cannot be read without a package: {error}")
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"{wanted} cannot be opened, delete {path} and get it again: {type(error).__name__}: {error}")
+    if dataset.env_spec and dataset.env_spec.id != env_id.split(":")[-1]:
+        print(f"WARNING: {wanted} was recorded in {dataset.env_spec.id}, not in {env_id}.", file=sys.stderr)
+    return dataset
 
 
-def load_transitions(dataset, observation_space, action_space, max_episodes=None):
-    """Read a Minari dataset into float32 CPU tensors; actions are scaled to [-1, 1].
+def load_transitions(dataset, observation_space, action_space, horizon, max_episodes=None):
+    """Read a Minari dataset into NumPy arrays; actions are scaled to [-1, 1].
 
-    Returns (transitions, episodic_returns): a dict of `observations` (N, obs_dim), `actions` (N, act_dim), `rewards`
-    (N,), `next_observations` (N, obs_dim) and `terminations` (N,), and the returns of the episodes (E,), NumPy.
-    Exits with a sentence if the dataset does not fit the environment's spaces, is empty, or holds NaN or infinity.
+    Returns (transitions, episodic_returns): a dict of `observations` (N, obs_dim) and `next_observations` (N, obs_dim),
+    float64, `actions` (N, act_dim), `rewards` (N,) and `terminations` (N,), float32; and the returns of the episodes'
+    first `horizon` steps (E,). Exits with a sentence if the dataset does not fit the spaces, is nearly empty, or holds
+    NaN or infinity.
     """
+
+    def shapes(space):
+        return {k: v.shape for k, v in space.items()} if isinstance(space, gym.spaces.Dict) else space.shape
+
     for name, space in (("observation_space", observation_space), ("action_space", action_space)):
         found = getattr(dataset, name)
-        if not isinstance(found, gym.spaces.Box) or found.shape != space.shape:
+        if type(found) is not type(space) or shapes(found) != shapes(space):
             sys.exit(f"{dataset.id} is not for this environment: its {name} is {found}, the environment's {space}.")
-    obs_dim, act_dim = math.prod(observation_space.shape), math.prod(action_space.shape)
+    obs_dim, act_dim = gym.spaces.flatdim(observation_space), math.prod(action_space.shape)
+    low, high = (bound.astype(np.float64).flatten() for bound in (action_space.low, action_space.high))
     total = min(dataset.total_episodes, max_episodes or dataset.total_episodes)
-    steps, episodic_returns = 0, []
+    steps, outside, episodic_returns, rows = 0, 0, [], int(dataset.total_steps)
+    transitions = {"observations": np.empty((rows, obs_dim)), "actions": np.empty((rows, act_dim), np.float32)}
+    transitions |= {"rewards": np.empty(rows, np.float32), "next_observations": np.empty((rows, obs_dim))}
+    transitions |= {"terminations": np.empty(rows, np.float32)}
     try:
-        shapes = {"observations": (obs_dim,), "actions": (act_dim,), "rewards": (), "next_observations": (obs_dim,)}
-        shapes["terminations"] = ()
-        columns = {name: np.empty((int(dataset.total_steps), *shape), np.float32) for name, shape in shapes.items()}
-        for episode in tqdm(dataset.iterate_episodes(range(total)), "reading", total, unit=" episodes"):
-            # T + 1 observations and T of everything else: next observations never cross an episode's end
-            T = len(episode.rewards)
-            rows, observations = slice(steps, steps + T), episode.observations.reshape(T + 1, obs_dim)
-            columns["observations"][rows] = observations[:-1]
-            columns["actions"][rows] = episode.actions.reshape(T, act_dim)
-            columns["rewards"][rows] = episode.rewards
-            columns["next_observations"][rows] = observations[1:]
+        for episode in tqdm(dataset.iterate_episodes(range(total)), "reading", total, unit=" episodes", disable=None):
+            T, observations = len(episode.rewards), episode.observations
+            # Minari sorts the parts of a Dict, gymnasium flattens them in the environment's order
+            parts = [observations[k] for k in observation_space] if isinstance(observations, dict) else [observations]
+            if any(len(part) != T + 1 for part in parts):
+                lengths = " and ".join(str(len(part)) for part in parts)
+                sys.exit(f"{dataset.id} has {lengths} observations for the {T} steps of an episode, not {T + 1}.")
+            observations = np.concatenate([part.reshape(T + 1, -1) for part in parts], 1)
+            actions = (episode.actions.reshape(T, act_dim) - low) / (high - low) * 2 - 1
+            outside += (np.abs(actions) > 1 + 1e-5).any(1).sum()
+            now = slice(steps, steps + T)
+            transitions["observations"][now] = observations[:-1]
+            transitions["actions"][now] = np.clip(actions, -1 + 1e-5, 1 - 1e-5)  # as the official code does
+            transitions["rewards"][now] = episode.rewards.reshape(T)
+            transitions["next_observations"][now] = observations[1:]
             # a truncation is not the task's end: only a termination cuts the bootstrap
-            columns["terminations"][rows] = episode.terminations.reshape(T)
-            episodic_returns.append(columns["rewards"][rows].sum(dtype=np.float64))
+            transitions["terminations"][now] = episode.terminations.reshape(T)
+            episodic_returns.append(transitions["rewards"][now][:horizon].sum(dtype=np.float64))
             steps += T
-    except Exception as error:  # a damaged file can raise anything
-        sys.exit(f"{dataset.id} cannot be read, delete it and get it again: {type(error).__name__}: {error}")
-    if steps == 0:
-        sys.exit(f"{dataset.id} is empty: use a dataset with transitions.")
-    transitions = {name: torch.from_numpy(column[:steps]) for name, column in columns.items()}
-    for name, tensor in transitions.items():
-        if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # both are NaN if anything is
+    except OSError as error:
+        sys.exit(f"{dataset.id} cannot be read, delete it and get it again: {error}")
+    if steps < 2:
+        sys.exit(f"{dataset.id} has {steps} transitions: use a dataset with more, or a larger --max-episodes.")
+    transitions = {name: column[:steps] for name, column in transitions.items()}
+    for name, column in transitions.items():
+        if not np.isfinite(column).all():
             sys.exit(f"{dataset.id} holds NaN or infinity in its {name}: use a dataset without.")
-    low, high = (
-        torch.as_tensor(bound.flatten(), dtype=torch.float32) for bound in (action_space.low, action_space.high)
-    )
-    transitions["actions"].sub_((high + low) / 2).div_((high - low) / 2)
-    transitions["actions"].clamp_(-1 + 1e-5, 1 - 1e-5)  # as the official code does
+    if outside:
+        share = f"{100 * outside / steps:.2g}% of the actions"
+        print(
+            f"WARNING: {share} of {dataset.id} lie outside the environment's bounds: they are clipped.", file=sys.stderr
+        )
     return transitions, np.array(episodic_returns)
 
 
+# ALGO LOGIC: initialize agent here
 def layer_init(layer):
     nn.init.orthogonal_(layer.weight, math.sqrt(2))
     nn.init.zeros_(layer.bias)
     return layer
-
-
-# oneDNN's x W^T + b has no public name; None where PyTorch was built without it
-onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-
-
-class OneDNNLinear(torch.autograd.Function):
-    """`F.linear` of x (batch, inputs) by oneDNN: PyTorch asks MKL, which on AMD's CPUs takes twice as long."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return onednn_linear(x, weight, bias, "none", [], "")
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        grad_x = onednn_linear(grad, weight.t(), None, "none", [], "") if ctx.needs_input_grad[0] else None
-        return grad_x, onednn_linear(grad.t(), x.t(), None, "none", [], ""), grad.sum(0)
-
-
-class Linear(nn.Linear):
-    """`nn.Linear` for hidden layers, faster on a CPU where the batch is large enough to tell."""
-
-    def forward(self, x):
-        if onednn_linear and x.is_cpu and len(x) >= 32 and not torch.compiler.is_compiling():
-            return OneDNNLinear.apply(x, self.weight, self.bias)
-        return super().forward(x)
 
 
 class Critic(nn.Module):
@@ -340,8 +382,8 @@ class Critic(nn.Module):
 
     def __init__(self, input_dim):
         super().__init__()
-        self.fc1 = layer_init(Linear(input_dim, 256))
-        self.fc2 = layer_init(Linear(256, 256))
+        self.fc1 = layer_init(nn.Linear(input_dim, 256))
+        self.fc2 = layer_init(nn.Linear(256, 256))
         self.fc3 = layer_init(nn.Linear(256, 1))
 
     def forward(self, *inputs):
@@ -350,40 +392,25 @@ class Critic(nn.Module):
         return self.fc3(x).squeeze(1)
 
 
-def drop_out(x, rate):
-    """`F.dropout` of a float tensor (batch, 256), the rate rounded down to 16 bits.
-
-    It draws 16 random bits an element, four elements at once: F.dropout takes a tenth of a whole update on a CPU.
-    """
-    if rate == 0:
-        return x
-    threshold = int(rate * 2**16)
-    bits = torch.empty(x.numel() // 4, dtype=torch.int64, device=x.device).random_(-(2**63), None).view(torch.int16)
-    return x * ((bits.view(x.shape) >= threshold - 2**15) * (1 / (1 - threshold / 2**16)))
-
-
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 
 
 class Actor(nn.Module):
-    """Gaussian policy over actions scaled to [-1, 1]: a tanh mean, a standard deviation that no state changes."""
+    """Gaussian policy over actions in [-1, 1]: a tanh mean, a standard deviation that no state changes."""
 
     def __init__(self, obs_dim, act_dim):
         super().__init__()
-        self.fc1 = layer_init(Linear(obs_dim, 256))
-        self.fc2 = layer_init(Linear(256, 256))
+        self.fc1 = layer_init(nn.Linear(obs_dim, 256))
+        self.fc2 = layer_init(nn.Linear(256, 256))
         self.fc_mean = layer_init(nn.Linear(256, act_dim))
         self.log_std = nn.Parameter(torch.zeros(act_dim))
-        # observation statistics and action rescaling
-        self.register_buffer("obs_mean", torch.zeros(obs_dim))
-        self.register_buffer("obs_std", torch.ones(obs_dim))
-        self.register_buffer("action_scale", torch.ones(act_dim))
-        self.register_buffer("action_bias", torch.zeros(act_dim))
+        self.register_buffer("obs_mean", torch.zeros(obs_dim, dtype=torch.float64))
+        self.register_buffer("obs_std", torch.ones(obs_dim, dtype=torch.float64))
 
     def forward(self, x, dropout=0.0):
         """Mean (batch, act_dim) and log standard deviation (act_dim,) at normalized observations (batch, obs_dim)."""
-        x = drop_out(F.relu(self.fc1(x)), dropout)
-        x = drop_out(F.relu(self.fc2(x)), dropout)
+        x = F.dropout(F.relu(self.fc1(x)), dropout)
+        x = F.dropout(F.relu(self.fc2(x)), dropout)
         return torch.tanh(self.fc_mean(x)), self.log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
 
     def log_prob(self, x, a, dropout=0.0):
@@ -392,15 +419,14 @@ class Actor(nn.Module):
         return (-0.5 * ((a - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)).sum(1)
 
     def normalize(self, obs):
-        """The environment's observations (batch, ...), NumPy, as the networks take them (batch, obs_dim)."""
-        x = torch.as_tensor(obs, dtype=torch.float32, device=self.obs_mean.device).flatten(1)
-        return (x - self.obs_mean) / self.obs_std
+        """The environment's observations (batch, obs_dim), NumPy, as the networks take them: float32, standardized."""
+        x = torch.as_tensor(obs, device=self.obs_mean.device, dtype=torch.float64)
+        return (x - self.obs_mean).div_(self.obs_std).float()
 
     @torch.no_grad()
     def act(self, obs):
-        """The mean policy, from the environment's observations (batch, ...) to its actions (batch, act_dim), NumPy."""
-        mean, _ = self(self.normalize(obs))
-        return (mean * self.action_scale + self.action_bias).cpu().numpy()
+        """The mean policy, from the environment's observations (batch, obs_dim) to actions (batch, act_dim), NumPy."""
+        return self(self.normalize(obs))[0].cpu().numpy()
 
 
 class Agent(nn.Module):
@@ -408,11 +434,12 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim, act_dim):
         super().__init__()
-        self.actor, self.vf = Actor(obs_dim, act_dim), Critic(obs_dim)
-        self.qf1, self.qf2 = Critic(obs_dim + act_dim), Critic(obs_dim + act_dim)
-        self.qf1_target, self.qf2_target = Critic(obs_dim + act_dim), Critic(obs_dim + act_dim)
-        self.qf1_target.load_state_dict(self.qf1.state_dict())
-        self.qf2_target.load_state_dict(self.qf2.state_dict())
+        self.actor = Actor(obs_dim, act_dim)
+        self.vf = Critic(obs_dim)
+        self.qf1 = Critic(obs_dim + act_dim)
+        self.qf2 = Critic(obs_dim + act_dim)
+        self.qf1_target = copy.deepcopy(self.qf1)
+        self.qf2_target = copy.deepcopy(self.qf2)
 
 
 def make_optimizers(agent, learning_rate):
@@ -423,13 +450,6 @@ def make_optimizers(agent, learning_rate):
     rates = [torch.tensor(learning_rate, device=device) for _ in groups]
     capturable = device.type == "cuda"
     return [optim.Adam(p, lr=lr, fused=True, capturable=capturable) for p, lr in zip(groups, rates, strict=True)]
-
-
-def load_optimizers(optimizers, states):
-    """Put the saved states into the optimizers; their learning rates stay the tensors that they are."""
-    for optimizer, state in zip(optimizers, states, strict=True):
-        state["param_groups"][0]["lr"] = optimizer.param_groups[0]["lr"]
-        optimizer.load_state_dict(state)
 
 
 def expectile_loss(u, expectile):
@@ -467,7 +487,8 @@ def update(agent, optimizers, data, args):
     with torch.no_grad():
         next_v_values = agent.vf(data["next_observations"])
         next_q_value = data["rewards"] + args.gamma * (1 - data["terminations"]) * next_v_values
-    qf1_a_values, qf2_a_values = agent.qf1(obs, actions), agent.qf2(obs, actions)
+    qf1_a_values = agent.qf1(obs, actions)
+    qf2_a_values = agent.qf2(obs, actions)
     qf_loss = F.mse_loss(qf1_a_values, next_q_value) + F.mse_loss(qf2_a_values, next_q_value)
     q_optimizer.zero_grad()
     qf_loss.backward()
@@ -477,317 +498,304 @@ def update(agent, optimizers, data, args):
     with torch.no_grad():
         target_parameters = [*agent.qf1_target.parameters(), *agent.qf2_target.parameters()]
         torch._foreach_lerp_(target_parameters, q_optimizer.param_groups[0]["params"], args.tau)
+
     metrics = {"v_loss": v_loss, "actor_loss": actor_loss, "qf_loss": qf_loss, "qf_values": qf1_a_values}
     metrics |= {"v_values": v_values, "advantages": advantages, "weights": weights}
     return {name: tensor.detach() for name, tensor in metrics.items()}
 
 
-def capture(step, generator):
+def capture(step):
     """A function that does what `step()` does, on a GPU, as one CUDA graph: all its kernels are launched at once.
 
-    Its first calls are `step` itself, for a capture wants loaded libraries, compiled code and optimizers with a state
+    Its first three calls are `step` itself, for a capture wants loaded libraries and optimizers with a state
     (https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture). `step` may not look at values on the
-    device, takes what changes from tensors, and `generator` is the one that it draws from, besides torch's own.
-    Later calls all return the same tensors. Exits with a sentence if `step` cannot be compiled or captured.
+    device, and takes what changes from tensors. From the fourth on, all calls return the same tensors.
+    The current stream must not be the default one. Exits with a sentence if `step` cannot be captured.
     """
-    graph, stream, calls, result = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0, None
-    graph.register_generator_state(generator)
+    graph, calls, result = torch.cuda.CUDAGraph(), 0, None
 
     def captured_step():
         nonlocal calls, result
         calls += 1
-        try:
-            if calls <= 3:
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):
+        if calls <= 3:
+            return step()
+        if calls == 4:
+            try:
+                with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):  # records and runs nothing
                     result = step()
-                torch.cuda.current_stream().wait_stream(stream)
-                return result
-            if calls == 4:
-                with torch.cuda.graph(graph):  # records and runs nothing
-                    result = step()
-        except Exception as error:  # compilers and drivers raise anything
-            sys.exit(f"The GPU refuses the update, try --no-compile or --no-cudagraphs: {error}")
+            except RuntimeError as error:  # the end of a broken capture fails too, what broke it is the context
+                sys.exit(f"The update cannot be captured, use --no-cudagraphs: {error.__context__ or error}")
         graph.replay()
         return result
 
     return captured_step
 
 
-FILE_VERSION = 1
-
-
-def save_file(state, path):
-    """Write a model or checkpoint: whatever happens meanwhile, `path` is the old file or the complete new one."""
-    buffer = io.BytesIO()
-    torch.save({"version": FILE_VERSION, **state}, buffer)
+def save(state, path):
+    """Write a checkpoint: whatever happens meanwhile, `path` is the old file or the complete new one."""
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
-        file.write(buffer.getbuffer())
+        torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
-def load_file(path):
-    """Read a model or checkpoint without executing anything in it. Exits with a sentence if it cannot be used."""
+def load(path):
+    """Read a checkpoint without executing anything in it. Exits with a sentence if it cannot be used."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
             if archive.testzip():
-                raise ValueError("its checksum is wrong")
+                raise zipfile.BadZipFile("a checksum is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        version, _, _ = saved["version"], saved["agent"], saved["args"]["env_id"]
-    except Exception as error:  # a damaged file can raise anything
-        sys.exit(f"{path} cannot be loaded ({type(error).__name__}): use a file that this script saved.")
-    if version != FILE_VERSION:
-        sys.exit(f"{path} has format {version}, this script reads {FILE_VERSION}: use the script that wrote it.")
+    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        sys.exit(f"{path} cannot be loaded ({type(error).__name__}): use a checkpoint.pt or best.pt of these scripts.")
+    if not isinstance(saved, dict) or not {"args", "agent", "reference"} <= saved.keys():
+        sys.exit(f"{path} is not a checkpoint of these scripts, or of an older version.")
     return saved
 
 
-def load_agent(agent, saved, env_id):
-    """Put a loaded model into `agent`. Exits with a sentence if it is of another environment or other sizes."""
-    if saved["args"]["env_id"] != env_id:
-        sys.exit(f"The saved model was trained on {saved['args']['env_id']}, not on {env_id}: change --env-id.")
+def make_video_env(env_id, folder, name):
+    """An environment that films its first episode. Exits with a sentence if it cannot."""
     try:
-        agent.load_state_dict(saved["agent"])
-    except RuntimeError:
-        sys.exit("The saved model has networks of other names or sizes: use one that this script saved for --env-id.")
-
-
-def get_random_states(sampling_generator):
-    """The states of all random number generators, in types that load without pickle."""
-    name, keys, *position = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    states = {"python": random.getstate(), "numpy": (name, keys.tolist(), *position), "torch": torch.get_rng_state()}
-    return {**states, "cuda": cuda, "sampling": sampling_generator.get_state()}
-
-
-def set_random_states(states, sampling_generator):
-    """Undo of `get_random_states`."""
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    torch.cuda.set_rng_state_all(states["cuda"])
-    sampling_generator.set_state(states["sampling"])
-
-
-def one_sentence(kind, error, traceback):
-    """Excepthook: what the machine refuses (a full disk, a missing package or permission) needs no traceback."""
-    if issubclass(kind, (OSError, ImportError, KeyboardInterrupt)):
-        print(f"Stopped, start it or --resume it again without the cause: {kind.__name__} {error}", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, traceback)
+        env = make_env(env_id, render_mode="rgb_array")()
+        env.reset()
+        env.render()
+        return gym.wrappers.RecordVideo(env, folder, name_prefix=name)
+    except gym.error.DependencyNotInstalled as error:
+        sys.exit(f"--capture-video needs another package: {error}")
+    except (AttributeError, ImportError, RuntimeError, mujoco.FatalError) as error:  # what graphics libraries raise
+        sys.exit(f"{env_id} cannot be filmed, set MUJOCO_GL=egl or leave --capture-video out: {error}")
 
 
 if __name__ == "__main__":
-    sys.excepthook = one_sentence
-    threading.excepthook = lambda _: None  # TensorBoard raises its thread's exceptions again in this one
+    sys.path.append(os.getcwd())  # for --env-id my_module:MyEnv-v0
     args = tyro.cli(Args)
-    at_least_1 = "batch_size eval_frequency eval_episodes eval_envs max_episodes"
-    check_args(args, at_least_1, "at least 1", lambda x: x >= 1)
-    check_args(args, "total_updates beta", "at least 0", lambda x: 0 <= x < math.inf)
-    check_args(args, "learning_rate max_weight reward_scale", "more than 0", lambda x: 0 < x < math.inf)
-    check_args(args, "expectile", "between 0 and 1", lambda x: 0 < x < 1)
-    check_args(args, "gamma tau", "from 0 to 1", lambda x: 0 <= x <= 1)
-    check_args(args, "actor_dropout", "at least 0 and below 1", lambda x: 0 <= x < 1)
-    check_args(args, "seed", "from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32)
-    run_dir = Path(f"runs/{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    saved = load_file(args.checkpoint) if args.checkpoint else None
+    run_name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    run_dir = Path("runs") / run_name
+    saved = load(args.checkpoint) if args.checkpoint and not args.resume else None
     if args.resume:
         run_dir = Path(args.resume)
-        saved = load_file(run_dir / "checkpoint.pt")
-        if "optimizers" not in saved or saved["args"].keys() != vars(args).keys():
+        run_name = run_dir.resolve().name
+        saved = load(run_dir / "checkpoint.pt")
+        if saved["args"].keys() != vars(args).keys():
             sys.exit(f"{run_dir} is not a run of this script or this version: resume it with the one that began it.")
-        args = Args(**{**saved["args"], "resume": args.resume})
+        args = tyro.cli(Args, default=Args(**saved["args"]))
+        for name in ("env_id", "dataset_id", "max_episodes", "seed", "normalize_obs", "reward_scale"):
+            if getattr(args, name) != saved["args"][name]:
+                flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+                sys.exit(f"{flag} would make another run of {run_dir}: leave it out, or begin a new run.")
+        if args.total_updates < saved["global_step"]:
+            sys.exit(f"--total-updates {args.total_updates} is less than the {saved['global_step']} of {run_dir}.")
+    elif saved and saved["args"]["env_id"] != args.env_id:
+        sys.exit(f"{args.checkpoint} was trained on {saved['args']['env_id']}, not on {args.env_id}: change --env-id.")
     if args.track:
-        import wandb
+        try:
+            import wandb
+        except ImportError as error:
+            sys.exit(f"--track needs wandb, `pip install wandb`: {error}")
 
-    # env setup: before anything starts a thread, see make_eval_envs
-    num_envs = min(args.eval_envs, args.eval_episodes)
-    video_folder = f"videos/{run_dir.name}" if args.capture_video else None
-    envs = make_eval_envs(args.env_id, num_envs, video_folder, math.ceil(args.eval_episodes / num_envs))
-    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    def stop(signum, frame):
+        """Ctrl-C and SIGTERM end the run at once: it goes on from its last checkpoint."""
+        if multiprocessing.parent_process() is None:  # forked workers have this handler too, and end silently
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            go_on = "start it again, there is no checkpoint yet"
+            if (run_dir / "checkpoint.pt").exists():
+                go_on = "go on with " + shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
+            print(f"\nStopped: {go_on}", file=sys.stderr, flush=True)
+        os._exit(128 + signum)
 
-    # seeding: torch's own generator initializes the networks and then belongs to dropout
-    random.seed(args.seed)
-    np.random.seed(args.seed)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+
+    # env setup: the workers are forked before anything starts a thread
+    env = check_env(args.env_id)
+    envs = make_eval_envs(args.env_id, min(args.eval_envs, args.eval_episodes))
+    obs_dim, act_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    task = adroit_task(args.env_id)
+    if args.capture_video:
+        video_env = make_video_env(args.env_id, f"videos/{run_name}", f"{run_name}__{args.total_updates}")
+
+    # TRY NOT TO MODIFY: seeding. All random numbers of the training are PyTorch's
     torch.manual_seed(args.seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # would write every new tensor twice
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
-    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
-    sampling_generator = torch.Generator(device).manual_seed(args.seed)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if saved and args.resume and saved["device"] != device.type:
+        sys.exit(f"{run_dir} ran on {saved['device']}, not on {device.type}: resume it where its random numbers are.")
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # a CUDA graph cannot be captured on the default stream
 
-    # agent and data
-    agent = Agent(math.prod(obs_space.shape), math.prod(action_space.shape))
-    agent.actor.action_scale.copy_(torch.as_tensor((action_space.high - action_space.low).flatten() / 2))
-    agent.actor.action_bias.copy_(torch.as_tensor((action_space.high + action_space.low).flatten() / 2))
+    # data, and what is known of it and of a random policy before training
+    agent = Agent(obs_dim, act_dim)
+    reference = ADROIT[task][1:] if task else saved and saved["reference"]
     if saved:
-        load_agent(agent, saved, args.env_id)
-    returns_before = {}
-    if args.total_updates == 0 and saved:
-        args.dataset_id = saved["args"]["dataset_id"]
-    elif args.total_updates > 0:
-        if args.checkpoint and saved["args"]["reward_scale"] != args.reward_scale:
-            sys.exit(f"The saved model needs --reward-scale {saved['args']['reward_scale']}, as in its training.")
-        dataset = find_dataset(args.env_id, args.dataset_id)
+        agent.load_state_dict(saved["agent"])
+        args.reward_scale = args.reward_scale or saved["args"]["reward_scale"]
+    args.reward_scale = args.reward_scale or (0.05 if task else 1.0)
+    measured = saved["measured"] if args.resume else {}
+    transitions, transition_count = {}, 0
+    if args.total_updates > 0 or not saved:
+        dataset = load_dataset(args.env_id, args.dataset_id)
         args.dataset_id = dataset.id
-        transitions, dataset_returns = load_transitions(dataset, obs_space, action_space, args.max_episodes)
+        horizon = ADROIT[task][0] if task else env.spec.max_episode_steps
+        transitions, dataset_returns = load_transitions(
+            dataset, env.observation_space, env.action_space, horizon, args.max_episodes
+        )
+        transition_count = len(transitions["rewards"])
+        if args.resume and transition_count != saved["transition_count"]:
+            had = saved["transition_count"]
+            sys.exit(f"{dataset.id} has {transition_count} transitions, {run_dir} began with {had}: begin a new run.")
+        scores = [dataset.storage.metadata.get(name) for name in ("ref_min_score", "ref_max_score")]
+        if not task and None not in scores:
+            reference = tuple(map(float, scores))
         if args.normalize_obs and not saved:
-            agent.actor.obs_mean.copy_(transitions["observations"].mean(0))
-            agent.actor.obs_std.copy_(transitions["observations"].std(0) + 1e-3)
+            obs = transitions["observations"]
+            std = np.where(np.ptp(obs, 0) > 0, obs.std(0) + 1e-3, 1.0)  # what never changes keeps its scale
+            agent.actor.obs_mean.copy_(torch.from_numpy(obs.mean(0)))
+            agent.actor.obs_std.copy_(torch.from_numpy(std))
         for name in ("observations", "next_observations"):
-            transitions[name].sub_(agent.actor.obs_mean).div_(agent.actor.obs_std)
-        transitions["rewards"].mul_(args.reward_scale)
-        transitions = {name: tensor.to(device) for name, tensor in transitions.items()}
+            transitions[name] = agent.actor.normalize(transitions[name])
+        transitions["rewards"] *= args.reward_scale
+        transitions = {name: torch.as_tensor(column).to(device) for name, column in transitions.items()}
         if not args.resume:
-            rng, shape = np.random.default_rng(EVAL_SEED), (num_envs, *action_space.shape)
-            random_returns, _ = evaluate(envs, lambda _: rng.uniform(action_space.low, action_space.high, shape), 20)
-            returns_before = {"dataset": dataset_returns, "random": random_returns}
+            rng, shape = np.random.default_rng(EVAL_SEED), (envs.num_envs, act_dim)
+            random_returns, _ = evaluate(envs, lambda _: rng.uniform(-1, 1, shape), 20)
+            for name, returns in (("dataset", dataset_returns), ("random", random_returns)):
+                measured[name] = {"episodes": len(returns), "std": returns.std().item()}
+                measured[name] |= summarize(returns, None, reference)
+    else:
+        args.dataset_id = saved["args"]["dataset_id"]
     agent.to(device)
     optimizers = make_optimizers(agent, args.learning_rate)
 
-    # where the run stands: scalars go to TensorBoard next, evaluations are the rows of evaluations.csv
-    first_step, scalars, evaluations, summaries, start_time = 0, {}, [], {}, time.time()
+    # where the run stands: evaluations are the rows of evaluations.csv
+    first_step, evaluations, summaries, best_return, start_time = 0, [], {}, -math.inf, time.time()
     if args.resume:
-        if saved["device"] != device.type:
-            sys.exit(
-                f"{run_dir} ran on {saved['device']}, this is {device.type}: resume it where its random numbers are."
-            )
-        first_step, scalars, evaluations = saved["global_step"], saved["scalars"], saved["evaluations"]
-        start_time -= saved["wall_seconds"]
-        load_optimizers(optimizers, saved["optimizers"])
-        set_random_states(saved["random_states"], sampling_generator)
+        first_step, evaluations, summaries = saved["global_step"] + 1, saved["evaluations"], saved["summaries"]
+        best_return, start_time = saved["best_return"], start_time - saved["wall_seconds"]
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            state["param_groups"][0]["lr"] = optimizer.param_groups[0]["lr"]  # stays this run's, on the device
+            optimizer.load_state_dict(state)
+        torch.set_rng_state(saved["rng_state"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(saved["cuda_rng_state"])
 
     # logging
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
     if args.track:
-        wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            sync_tensorboard=True,
-            config=vars(args),
-            name=run_dir.name,
-            monitor_gym=True,
-            save_code=True,
-        )
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_name, "id": run_name}
+        wandb.init(**names, resume="allow", sync_tensorboard=True, config=vars(args), save_code=True)
+    (run_dir / "args.json").write_text(json.dumps({"args": vars(args), **measured}, indent=2))
     writer = SummaryWriter(run_dir, purge_step=first_step if args.resume else None)
     writer.add_text(
         "hyperparameters",
         "|param|value|\n|-|-|\n%s" % ("\n".join([f"|{key}|{value}|" for key, value in vars(args).items()])),
     )
-    evaluations_file = open(run_dir / "evaluations.csv", "w")
-    columns = "global_step,episodic_return_mean,episodic_return_std,normalized_score,success_rate,wall_seconds"
-    evaluations_file.writelines(f"{row}\n" for row in [columns, *evaluations])
-    print(f"{run_dir}: {args.env_id} with {args.dataset_id} on {device}, from update {first_step}")
-    for name, returns in returns_before.items():
-        summary = ", ".join(f"{key}={value:.2f}" for key, value in summarize(args.env_id, returns).items())
-        print(f"{name}: {summary} (std {returns.std():.2f}, {len(returns)} episodes)")
-        scalars[f"charts/{name}_return"] = returns.mean().item()
-
-    # SIGINT and SIGTERM end the run after the update, with a checkpoint; a second one ends it at once
-    stop_signals = []
-
-    def request_stop(signum, frame):
-        if stop_signals:
-            for process in envs.processes:
-                process.kill()
-            os._exit(128 + signum)
-        stop_signals.append(signum)
-
-    signal.signal(signal.SIGINT, request_stop)
-    signal.signal(signal.SIGTERM, request_stop)
+    columns = "global_step episodes episodic_return_mean episodic_return_std normalized_score success_rate wall_seconds"
+    evaluations_file = open(run_dir / "evaluations.csv", "w", newline="")
+    evaluations_table = csv.DictWriter(evaluations_file, columns.split())
+    evaluations_table.writeheader()
+    evaluations_table.writerows(evaluations)
+    print(f"{run_dir}: {args.env_id} with {args.dataset_id} on {device}, from update {max(first_step - 1, 0)}")
+    for name, values in measured.items() if not args.resume else ():
+        known = ", ".join(
+            f"{key}={values[key]:.2f}" for key in ("episodic_return", "normalized_score") if key in values
+        )
+        print(f"{name}: {known} (std {values['std']:.2f}, {values['episodes']} episodes)", flush=True)
+        writer.add_scalar(f"charts/{name}_return", values["episodic_return"], 0)
 
     # one update on a batch that is drawn from the dataset: all of it happens on the device
     fast_update = torch.compile(update) if args.compile and device.type == "cuda" else update
 
     def step():
-        size = (args.batch_size,)
-        indices = torch.randint(len(transitions["rewards"]), size, generator=sampling_generator, device=device)
+        indices = torch.randint(transition_count, (args.batch_size,), device=device)
         data = {name: tensor.index_select(0, indices) for name, tensor in transitions.items()}
         return fast_update(agent, optimizers, data, args)
 
     if args.cudagraphs and device.type == "cuda":
-        step = capture(step, sampling_generator)
+        step = capture(step)
 
-    # an evaluation has a thread and a copy of the actor; on a GPU training goes on meanwhile, for the cores are free
-    evaluator, evaluation, evaluated_step = ThreadPoolExecutor(1), None, None
-    concurrent_eval = device.type == "cuda" if args.concurrent_eval is None else args.concurrent_eval
-
-    def record(step, returns, successes):
-        result = summarize(args.env_id, returns, successes)
-        for name, value in result.items():
-            writer.add_scalar(f"charts/{name}", value, step)
-        row = [step, returns.mean(), returns.std()]
-        row += [result.get("normalized_score", ""), result.get("success_rate", ""), time.time() - start_time]
-        evaluations.append(",".join(map(str, row)))
-        evaluations_file.write(evaluations[-1] + "\n")
-        evaluations_file.flush()
-        summaries[step] = ", ".join(f"{name}={value:.2f}" for name, value in result.items())
-        bar.set_postfix_str(summaries[step])
-        tqdm.write(f"global_step={step}, {summaries[step]}")
-
-    # training: global_step counts the updates done
+    # TRY NOT TO MODIFY: start the training. global_step counts the updates done
     loop_start = time.time()
-    bar = tqdm(total=args.total_updates, initial=first_step, unit=" updates", disable=args.total_updates == 0)
+    bar = tqdm(total=args.total_updates, initial=max(first_step - 1, 0), unit=" updates", disable=None)
     for global_step in range(first_step, args.total_updates + 1):
-        if global_step > first_step:
+        if global_step > 0:
             # the actor's learning rate falls on a cosine, as in the official code
             decay = 0.5 * (1 + math.cos(math.pi * (global_step - 1) / args.total_updates))
             optimizers[1].param_groups[0]["lr"].fill_(args.learning_rate * decay)
-            scalars, metrics = {}, step()
+            metrics = step()
             bar.update()
 
-        stopping = len(stop_signals) > 0 and global_step < args.total_updates
-        evaluating = global_step % args.eval_frequency == 0 or global_step == args.total_updates
-        logging = evaluating or global_step % 500 == 0
-        if global_step > first_step and (logging or stopping):
+        last = global_step == args.total_updates
+        evaluating = last or global_step % args.eval_frequency == 0
+        if global_step > 0 and (evaluating or global_step % 500 == 0):
             # here, and nowhere else but in evaluations, the loop waits for the device
             metrics["clipped_weights"] = (metrics["weights"] >= args.max_weight).float()
-            losses = {f"losses/{name}": tensor.mean().item() for name, tensor in metrics.items()}
+            losses = {name: tensor.mean().item() for name, tensor in metrics.items()}
             if not all(map(math.isfinite, losses.values())):
                 sys.exit(f"A loss is NaN or infinite at update {global_step}: lower --learning-rate or --reward-scale.")
-            if logging:
-                scalars |= {**losses, "charts/SPS": (global_step - first_step) / (time.time() - loop_start)}
-        if evaluation and (stopping or evaluating or evaluation.done()):
-            record(evaluated_step, *evaluation.result())
-            evaluation = None
-        if stopping or evaluating:
+            for name, value in losses.items():
+                writer.add_scalar(f"losses/{name}", value, global_step)
+            sps = (global_step - max(first_step - 1, 0)) / (time.time() - loop_start)
+            writer.add_scalar("charts/SPS", sps, global_step)
+
+        if evaluating:
+            actor = copy.deepcopy(agent.actor).cpu()
+            episodes = args.final_episodes if last else args.eval_episodes
+            returns, successes = evaluate(envs, actor.act, episodes)
+            result = summarize(returns, successes, reference)
+            row = {"global_step": global_step, "episodes": episodes}
+            row |= {"episodic_return_mean": returns.mean().item(), "episodic_return_std": returns.std().item()}
+            row |= {name: result.get(name) for name in ("normalized_score", "success_rate")}
+            row |= {"wall_seconds": time.time() - start_time}
+            evaluations.append(row)
+            evaluations_table.writerow(row)
+            evaluations_file.flush()
+            for name, value in result.items():
+                writer.add_scalar(f"charts/{name}", value, global_step)
             writer.flush()
+            summaries[global_step] = ", ".join(f"{name}={value:.2f}" for name, value in result.items())
+            tqdm.write(f"global_step={global_step}, {summaries[global_step]}")
+            sys.stdout.flush()
+
             state = {
                 "args": vars(args),
                 "device": device.type,
                 "agent": agent.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "random_states": get_random_states(sampling_generator),
+                "rng_state": torch.get_rng_state(),
+                "cuda_rng_state": torch.cuda.get_rng_state() if device.type == "cuda" else None,
                 "global_step": global_step,
-                "scalars": scalars,
                 "evaluations": evaluations,
+                "summaries": summaries,
                 "wall_seconds": time.time() - start_time,
+                "transition_count": transition_count,
+                "reference": reference,
+                "measured": measured,
             }
-            save_file(state, run_dir / "checkpoint.pt")
-        if stopping:
-            bar.close()
-            print(f"Stopped after update {global_step}, go on with --resume {run_dir}", file=sys.stderr)
-            sys.exit(128 + stop_signals[0])
-        for tag, value in scalars.items():
-            writer.add_scalar(tag, value, global_step)
-
-        if evaluating:
-            actor = copy.deepcopy(agent.actor).cpu()
-            evaluation = evaluator.submit(evaluate, envs, actor.act, args.eval_episodes)
-            evaluated_step = global_step
-            if not concurrent_eval or global_step == args.total_updates:
-                record(evaluated_step, *evaluation.result())
-                evaluation = None
-
+            # on the start states that all evaluations share
+            if (best := returns[: args.eval_episodes].mean().item()) > best_return:
+                best_return = best
+                save({**state, "best_return": best_return}, run_dir / "best.pt")
+            save({**state, "best_return": best_return}, run_dir / "checkpoint.pt")
     bar.close()
-    if args.save_model:
-        save_file({"args": vars(args), "agent": agent.state_dict()}, run_dir / "model.pt")
-        print(f"model saved to {run_dir / 'model.pt'}")
+
+    if args.capture_video:
+        obs, _ = video_env.reset(seed=EVAL_SEED)
+        done = False
+        while not done:
+            obs, _, terminated, truncated, _ = video_env.step(agent.actor.act(obs[None])[0])
+            done = terminated or truncated
+        video_env.close()
+        if args.track:
+            path = next(Path(f"videos/{run_name}").glob(f"*__{args.total_updates}-*.mp4"))
+            wandb.log({"video": wandb.Video(str(path))})
     envs.close()
     evaluations_file.close()
     writer.close()
-    updates, summary = f"{args.total_updates} updates", summaries[args.total_updates]
-    print(f"final: {args.env_id} with {args.dataset_id}, {updates}, seed {args.seed}: {summary}")
+    updates = f"{args.total_updates} updates, seed {args.seed}, {evaluations[-1]['episodes']} episodes"
+    print(f"final: {args.env_id} with {args.dataset_id}, {updates}: {summaries[args.total_updates]}")

@@ -1,4 +1,7 @@
 import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # tests side by side would wait for each other's threads
+
 import subprocess
 import sys
 import warnings
@@ -17,7 +20,6 @@ def run_script(script, flags, cwd):
     """Run one of the repository's scripts in `cwd`, away from the user's own datasets; returns its stdout."""
     command = [sys.executable, ROOT / script, *flags.split()]
     environment = {**os.environ, "MINARI_DATASETS_PATH": str(cwd / "no_datasets"), "HF_HUB_OFFLINE": "1"}
-    environment["OMP_NUM_THREADS"] = "1"  # runs side by side would wait for each other's threads
     result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -52,4 +54,5 @@ def minari_root(tmp_path_factory):
         write_dataset("tiny/infinity-v0", change=infinite_observation)
         write_dataset("tiny/short-v0", change=one_observation_short)
         write_dataset("tiny/narrow-v0", change=narrow_observations)
+        write_dataset("tiny/one-v0", episodes=1, steps=1)
         yield root

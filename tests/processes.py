@@ -12,18 +12,19 @@ ROOT = Path(__file__).parent.parent
 RUN_LENGTHS = {
     "iql_continuous": "--total-updates 240",
     # whole episodes before the first online update: those of a resumed run, which begin anew, end where others do
-    "iql_finetune": "--offline-updates 60 --online-steps 180 --learning-starts 10 --buffer-size 1000",
+    "iql_finetune": "--offline-updates 60 --online-steps 180 --learning-starts 10",
 }
 SCRIPTS = list(RUN_LENGTHS)
-TINY = "--env-id tiny_env:Tiny-v0 --dataset-id tiny/good-v0 --no-cuda --batch-size 32 --save-model "
-TINY += "--eval-frequency 10 --eval-episodes 2 --eval-envs 2"
+TINY = "--env-id tiny_env:Tiny-v0 --dataset-id tiny/good-v0 --no-cuda --batch-size 32 "
+TINY += "--eval-frequency 10 --eval-episodes 2 --final-episodes 2 --eval-envs 2"
 
 
-def start(script, folder, arguments, **environment):
-    """Start a script in `folder`; what follows in `arguments` overrides the tiny run's."""
+def start(script, folder, arguments, tiny=True, **environment):
+    """Start a script in `folder`; what follows in `arguments` overrides the tiny run's, if it is to be one."""
     folder.mkdir(parents=True, exist_ok=True)
     path = script if isinstance(script, Path) else ROOT / f"{script}.py"
-    command = [sys.executable, path, *TINY.split(), *RUN_LENGTHS[path.stem].split(), *arguments.split()]
+    flags = [*TINY.split(), *RUN_LENGTHS[path.stem].split()] if tiny else []
+    command = [sys.executable, path, *flags, *arguments.split()]
     # bits must not depend on the number of cores; nothing is downloaded, and without a network that is known at once
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "tests"), **environment}
     return subprocess.Popen(

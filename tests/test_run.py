@@ -1,28 +1,26 @@
 """Whole runs on the bundled data: what they write, and that the same seed gives the same bits."""
 
 import csv
+import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from conftest import ROOT, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-COMMON = "--env-id AdroitHandPen-v1 --dataset-id bundled/pen/demos-v0 --eval-episodes 2 --eval-envs 2 --save-model"
+COMMON = (
+    "--env-id AdroitHandPen-v1 --dataset-id bundled/pen/demos-v0 --eval-episodes 2 --final-episodes 4 --eval-envs 2"
+)
+OFFLINE, ONLINE = "--total-updates 600", "--offline-updates 300 --online-steps 150 --learning-starts 0"
 RUNS = {
-    "straight": ("iql_continuous.py", "--total-updates 600 --eval-frequency 200"),
-    "again": ("iql_continuous.py", "--total-updates 600 --eval-frequency 200 --concurrent-eval True"),
-    "seldom": ("iql_continuous.py", "--total-updates 600 --eval-frequency 600"),
-    "other_seed": ("iql_continuous.py", "--total-updates 600 --eval-frequency 600 --seed 2"),
-    "finetune": (
-        "iql_finetune.py",
-        "--offline-updates 400 --online-steps 200 --learning-starts 0 --eval-frequency 200",
-    ),
-    "finetune_seldom": (
-        "iql_finetune.py",
-        "--offline-updates 400 --online-steps 200 --learning-starts 0 --eval-frequency 600 --concurrent-eval True",
-    ),
+    "straight": ("iql_continuous.py", f"{OFFLINE} --eval-frequency 200"),
+    "seldom": ("iql_continuous.py", f"{OFFLINE} --eval-frequency 600"),
+    "other_seed": ("iql_continuous.py", f"{OFFLINE} --eval-frequency 600 --seed 2"),
+    "finetune": ("iql_finetune.py", f"{ONLINE} --eval-frequency 150"),
+    "finetune_seldom": ("iql_finetune.py", f"{ONLINE} --eval-frequency 600"),
 }
 
 
@@ -40,8 +38,8 @@ def runs(tmp_path_factory):
     return {name: (next(folder.glob(f"runs/*__{name}__*")), outputs[name]) for name in RUNS}
 
 
-def weights(run):
-    return torch.load(run[0] / "model.pt", weights_only=True)["agent"]
+def saved(run, name="checkpoint.pt"):
+    return torch.load(run[0] / name, weights_only=True)
 
 
 def rows(run):
@@ -50,31 +48,46 @@ def rows(run):
 
 
 def equal_bits(a, b):
-    return all(torch.equal(a[name], b[name]) for name in a)
+    return all(torch.equal(a["agent"][name], b["agent"][name]) for name in a["agent"])
 
 
-def test_the_same_seed_gives_the_same_bits_evaluated_meanwhile_or_not_and_another_seed_does_not(runs):
-    assert equal_bits(weights(runs["straight"]), weights(runs["again"]))
-    assert not equal_bits(weights(runs["straight"]), weights(runs["other_seed"]))
-    for row, again in zip(rows(runs["straight"]), rows(runs["again"]), strict=True):
-        assert {**row, "wall_seconds": 0} == {**again, "wall_seconds": 0}
+def test_how_often_one_evaluates_changes_no_bit_of_training_and_another_seed_does(runs):
+    assert equal_bits(saved(runs["straight"]), saved(runs["seldom"]))
+    assert equal_bits(saved(runs["finetune"]), saved(runs["finetune_seldom"]))
+    assert not equal_bits(saved(runs["straight"]), saved(runs["other_seed"]))
 
 
-def test_how_often_one_evaluates_changes_no_bit_of_training(runs):
-    assert equal_bits(weights(runs["straight"]), weights(runs["seldom"]))
-    assert equal_bits(weights(runs["finetune"]), weights(runs["finetune_seldom"]))
-
-
-def test_evaluations_csv(runs):
-    header = "global_step,episodic_return_mean,episodic_return_std,normalized_score,success_rate,wall_seconds"
+def test_evaluations_csv_and_the_best_checkpoint(runs):
+    header = "global_step,episodes,episodic_return_mean,episodic_return_std,normalized_score,success_rate,wall_seconds"
     assert (runs["straight"][0] / "evaluations.csv").read_text().splitlines()[0] == header
-    assert [int(row["global_step"]) for row in rows(runs["straight"])] == [0, 200, 400, 600]
-    for row in rows(runs["straight"]):
+    table = rows(runs["straight"])
+    assert [(row["global_step"], row["episodes"]) for row in table] == [
+        ("0", "2"),
+        ("200", "2"),
+        ("400", "2"),
+        ("600", "4"),
+    ]
+    for row in table:
         score = 100 * (float(row["episodic_return_mean"]) - 96.262799) / (3076.8331017826877 - 96.262799)
         assert float(row["normalized_score"]) == pytest.approx(score)
         assert 0 <= float(row["success_rate"]) <= 1
+    best = saved(runs["straight"], "best.pt")
+    returns = [float(row["episodic_return_mean"]) for row in table[:3]]
+    assert best["best_return"] >= max(returns)
+    if best["global_step"] < 600:
+        assert best["best_return"] == max(returns) == returns[best["global_step"] // 200]
     assert (runs["finetune"][0] / "evaluations.csv").read_text().splitlines()[0] == header + ",phase"
-    assert [row["phase"] for row in rows(runs["finetune"])] == ["offline", "offline", "offline", "online"]
+    phases = [("0", "offline", "2"), ("150", "offline", "2"), ("300", "offline", "4"), ("450", "online", "4")]
+    assert [(row["global_step"], row["phase"], row["episodes"]) for row in rows(runs["finetune"])] == phases
+
+
+@pytest.mark.parametrize("name", ["straight", "finetune"])
+def test_args_json_explains_the_run(runs, name):
+    written = json.loads((runs[name][0] / "args.json").read_text())
+    assert written["args"] == saved(runs[name])["args"]
+    assert written["args"]["dataset_id"] == "bundled/pen/demos-v0" and written["args"]["exp_name"] == name
+    assert written["dataset"]["episodes"] == 25 and 100 < written["dataset"]["normalized_score"] < 115
+    assert written["random"]["episodes"] == 20 and abs(written["random"]["normalized_score"]) < 15
 
 
 @pytest.mark.parametrize("name", ["straight", "finetune"])
@@ -86,9 +99,10 @@ def test_tensorboard(runs, name):
     if name == "finetune":
         tags |= {"charts/online_episodic_return", "charts/regret"}
     assert set(events.Tags()["scalars"]) == tags
-    for tag, steps in (("charts/normalized_score", [0, 200, 400, 600]), ("losses/v_loss", [200, 400, 500, 600])):
-        assert [event.step for event in events.Scalars(tag)] == steps
-        assert np.isfinite([event.value for event in events.Scalars(tag)]).all()
+    if name == "straight":
+        for tag, steps in (("charts/normalized_score", [0, 200, 400, 600]), ("losses/v_loss", [200, 400, 500, 600])):
+            assert [event.step for event in events.Scalars(tag)] == steps
+            assert np.isfinite([event.value for event in events.Scalars(tag)]).all()
     hyperparameters = events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "|dataset_id|bundled/pen/demos-v0|" in hyperparameters and "|beta|3.0|" in hyperparameters
 
@@ -98,14 +112,14 @@ def test_what_is_printed(runs):
     assert any(line.startswith("dataset: episodic_return=") for line in lines)
     assert any(line.startswith("random: episodic_return=") for line in lines)
     score = float(rows(runs["straight"])[-1]["normalized_score"])
-    assert lines[-1].startswith("final: AdroitHandPen-v1 with bundled/pen/demos-v0, 600 updates, seed 1: ")
+    assert lines[-1].startswith("final: AdroitHandPen-v1 with bundled/pen/demos-v0, 600 updates, seed 1, 4 episodes: ")
     assert f"normalized_score={score:.2f}" in lines[-1]
     assert any(line.startswith("before fine-tuning: ") for line in runs["finetune"][1].splitlines())
 
 
-def test_a_saved_model_evaluates_to_the_runs_last_score_and_starts_fine_tuning(runs, tmp_path):
-    model = runs["straight"][0] / "model.pt"
-    flags = f"--env-id AdroitHandPen-v1 --checkpoint {model} --eval-episodes 2 --eval-envs 2"
+def test_a_checkpoint_evaluates_to_the_runs_score_and_starts_fine_tuning(runs, tmp_path):
+    model = runs["straight"][0] / "checkpoint.pt"
+    flags = f"--env-id AdroitHandPen-v1 --checkpoint {model} --eval-episodes 2 --final-episodes 4 --eval-envs 2"
     run_script("iql_continuous.py", f"{flags} --total-updates 0 --exp-name evaluated", tmp_path)
     evaluated = (next(tmp_path.glob("runs/*__evaluated__*")), None)
     last = rows(runs["straight"])[-1]
@@ -113,5 +127,22 @@ def test_a_saved_model_evaluates_to_the_runs_last_score_and_starts_fine_tuning(r
     flags += " --dataset-id bundled/pen/demos-v0 --online-steps 110 --learning-starts 100 --exp-name tuned"
     output = run_script("iql_finetune.py", flags, tmp_path)
     assert f"before fine-tuning: episodic_return={float(last['episodic_return_mean']):.2f}" in output
-    (path,) = tmp_path.glob("runs/*__tuned__*/checkpoint.pt")
-    assert torch.load(path, weights_only=True)["args"]["reward_scale"] == 0.05  # the model's, not this script's default
+    (path,) = tmp_path.glob("runs/*__tuned__*")
+    assert saved((path, None))["args"]["reward_scale"] == 0.05  # the model's, not this script's default
+    # a run begun with a checkpoint resumes without it, and longer
+    model.rename(model.with_suffix(".away"))
+    try:
+        output = run_script("iql_finetune.py", f"--resume {path} --online-steps 120", tmp_path)
+    finally:
+        model.with_suffix(".away").rename(model)
+    assert "0 offline and 120 online updates" in output
+
+
+@pytest.mark.parametrize("script", ["iql_continuous.py", "iql_finetune.py"])
+def test_the_scripts_own_dependencies_are_those_of_requirements_txt(script):
+    head = re.search(r"^# /// script\n(.*?)^# ///$", (ROOT / script).read_text(), re.DOTALL | re.MULTILINE)[1]
+    requirements = (ROOT / "requirements.txt").read_text().split("# the figure")[0]
+    assert re.findall(r'"(\S+)",', head) == [line for line in requirements.splitlines() if not line.startswith("#")] + (
+        re.findall(r'">=3.11",', head)
+    )
+    assert 'requires-python = ">=3.11"' in head

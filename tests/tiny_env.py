@@ -16,7 +16,7 @@ class Tiny(gym.Env):
     """A point that drifts with the action, for ten steps.
 
     Once there are runs in the working directory, a file `die`, `raise` or `hang` beside them makes the next step do so.
-    Where there is a file `dark`, it cannot be rendered.
+    Dark-v0 cannot be rendered.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
@@ -43,28 +43,31 @@ class Tiny(gym.Env):
         return self.state.copy(), -distance, False, False, {"success": distance < 2}
 
     def render(self):
-        if Path("dark").exists():
+        if self.spec.id == "Dark-v0":
             raise RuntimeError("no screen")
         return np.zeros((16, 16, 3), np.uint8)
 
 
 VARIANTS = {
     "Tiny": {},
+    "Dark": {},
     "Wide": {"observation_space": gym.spaces.Box(-10, 10, (4,))},
-    "DictObservation": {"observation_space": gym.spaces.Dict({"observation": OBSERVATIONS})},
+    "NestedDict": {"observation_space": gym.spaces.Dict({"a": gym.spaces.Dict({"b": OBSERVATIONS})})},
+    "ZeroWidth": {"action_space": gym.spaces.Box(np.array([-1, 0], np.float32), np.array([1, 0], np.float32))},
     "DiscreteAction": {"action_space": gym.spaces.Discrete(3)},
     "UnboundedAction": {"action_space": gym.spaces.Box(-np.inf, np.inf, (2,))},
 }
+gym.register("Endless-v0", entry_point=Tiny)
 for name, kwargs in VARIANTS.items():
     gym.register(f"{name}-v0", entry_point=Tiny, max_episode_steps=10, kwargs=kwargs)
 
 
-def write_dataset(dataset_id, episodes=4, observation_space=OBSERVATIONS, action_space=ACTIONS, change=None):
+def write_dataset(dataset_id, episodes=4, observation_space=OBSERVATIONS, action_space=ACTIONS, change=None, steps=10):
     """Random episodes into the Minari root; `change` edits the arrays of the last one before they are written."""
     import minari  # here, because the environments do without
     from minari.data_collector import EpisodeBuffer
 
-    rng, steps, buffers = np.random.default_rng(0), 10, []
+    rng, buffers = np.random.default_rng(0), []
     for k in range(episodes):
         arrays = {
             "observations": rng.normal(size=(steps + 1, *observation_space.shape)).astype(np.float32),
