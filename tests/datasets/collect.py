@@ -1,6 +1,6 @@
 """Record a bundled dataset: rollouts of a policy that iql_continuous.py trained, with exploration noise.
 
-    python tests/datasets/collect.py runs/RUN/model.pt 0.5     # writes tests/datasets/bundled/{task}/demos-v0
+    python tests/datasets/collect.py runs/RUN/checkpoint.pt 0.5     # writes tests/datasets/bundled/{task}/demos-v0
 
 The number is the noise in units of the policy's own standard deviation.
 The commands that trained the two policies, and what was recorded, are in the README beside this file.
@@ -11,6 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import gymnasium as gym
 import minari
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ def rollout(env, actor, noise, seed, generator):
         with torch.no_grad():
             mean, log_std = actor(actor.normalize(obs[None]))
             action = mean + noise * log_std.exp() * torch.randn(mean.shape, generator=generator)
-        action = (action.clamp(-1, 1) * actor.action_scale + actor.action_bias)[0].numpy()
+        action = action.clamp(-1, 1)[0].numpy()
         obs, reward, terminated, truncated, info = env.step(action)
         observations.append(obs)
         for column, value in zip(steps.values(), (action, reward, terminated, truncated), strict=True):
@@ -44,11 +45,11 @@ def rollout(env, actor, noise, seed, generator):
 
 
 if __name__ == "__main__":
-    model, noise = iql.load_file(sys.argv[1]), float(sys.argv[2])
+    model, noise = iql.load(sys.argv[1]), float(sys.argv[2])
     env_id = model["args"]["env_id"]
     env = iql.make_env(env_id)()
     agent = iql.Agent(env.observation_space.shape[0], env.action_space.shape[0])
-    iql.load_agent(agent, model, env_id)
+    agent.load_state_dict(model["agent"])
     generator = torch.Generator().manual_seed(SEED)
     episodes, successes = zip(
         *[rollout(env, agent.actor, noise, SEED + i, generator) for i in range(EPISODES)],
@@ -60,7 +61,7 @@ if __name__ == "__main__":
     minari.create_dataset_from_buffers(
         dataset_id,
         list(episodes),
-        env=env,
+        env=gym.make(env_id, max_episode_steps=env.spec.max_episode_steps),
         algorithm_name="IQL, iql_continuous.py, sampled actions",
         author="the authors of the IQL reference scripts",
         author_email="none@example.org",
@@ -68,5 +69,7 @@ if __name__ == "__main__":
         description="Rollouts of a policy trained by this repository, see tests/datasets/README.md. Not D4RL data.",
     )
     returns = np.array([episode.rewards.sum() for episode in episodes])
-    score = iql.summarize(env_id, returns, np.array(successes))
-    print(f"{dataset_id}: {EPISODES} episodes, return {returns.mean():.1f} +- {returns.std():.1f}, {score}")
+    score = iql.summarize(returns, np.array(successes), iql.ADROIT[iql.adroit_task(env_id)][1:])
+    steps = sum(len(episode.rewards) for episode in episodes)
+    print(f"{dataset_id}: {EPISODES} episodes, {steps} steps, return {returns.mean():.1f} +- {returns.std():.1f}")
+    print(score)
