@@ -180,7 +180,7 @@ class D4RLRules(gym.Wrapper):
 
 
 class ScaledActions(gym.ActionWrapper):
-    """Takes actions (act_dim,) in [-1, 1] for a Box of any shape, bounds and dtype."""
+    """Takes actions (act_dim,) in [-1, 1] for a Box of any shape, bounds and dtype; rewards are floats."""
 
     def __init__(self, env):
         super().__init__(env)
@@ -192,7 +192,11 @@ class ScaledActions(gym.ActionWrapper):
         action = low + (np.reshape(action, box.shape).astype(np.float64) + 1) / 2 * (high - low)
         if np.issubdtype(box.dtype, np.integer):
             action = np.rint(action)
-        return np.clip(action, low, high).astype(box.dtype)
+        return np.asarray(np.clip(action, low, high), box.dtype)
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        return obs, np.asarray(reward).item(), terminated, truncated, info  # some rewards are arrays of one number
 
 
 def make_env(env_id, render_mode=None):
@@ -203,7 +207,8 @@ def make_env(env_id, render_mode=None):
 
     def thunk():
         task = adroit_task(env_id)
-        env = gym.make(env_id, max_episode_steps=ADROIT[task][0] if task else None, render_mode=render_mode)
+        kwargs = {"render_mode": render_mode} if render_mode else {}
+        env = gym.make(env_id, max_episode_steps=ADROIT[task][0] if task else None, **kwargs)
         if task and env_id.endswith("-v1"):
             env = D4RLRules(env)
         return ScaledActions(gym.wrappers.FlattenObservation(env))
@@ -258,7 +263,7 @@ def evaluate(envs, policy, episodes):
             running = np.ones(envs.num_envs, dtype=bool)  # what follows an episode's end, autoreset too, is ignored
             while running.any():
                 obs, rewards, terminations, truncations, infos = envs.step(policy(obs))
-                episodic_return += np.where(running, rewards.reshape(envs.num_envs), 0.0)
+                episodic_return += np.where(running, rewards, 0.0)
                 if "success" in infos:
                     reports_success = True
                     success |= running & np.asarray(infos["success"], dtype=bool)
@@ -781,7 +786,7 @@ if __name__ == "__main__":
                     episodic_return, success = 0.0, False
                 action = explore(agent.actor, obs[None], args.exploration_scale)[0]
                 next_obs, reward, terminated, truncated, info = online_env.step(action.cpu().numpy())
-                next_obs, reward = agent.actor.normalize(next_obs), np.asarray(reward).item()
+                next_obs = agent.actor.normalize(next_obs)
                 values = (obs, action, reward * args.reward_scale, next_obs, float(terminated))
                 for tensor, value in zip(storage.values(), values, strict=True):
                     tensor[transition_count + online_steps] = value
