@@ -77,7 +77,7 @@ CASES = {
     "damaged metadata": ("--dataset-id tiny/nometadata-v0", "tiny/nometadata-v0 cannot be opened, delete"),
     "other Minari": ("--dataset-id tiny/future-v0", "tiny/future-v0 is of Minari 99.0"),
     "wandb not installed": ("--track", "--track needs wandb"),
-    "moviepy not installed": ("--capture-video", "--capture-video needs another package", "MoviePy"),
+    "moviepy not installed": ("--capture-video", "--capture-video needs another package", "moviepy"),
     "cannot be filmed": ("--capture-video --env-id tiny_env:Dark-v0", "cannot be filmed", "no screen"),
     "no checkpoint there": ("--checkpoint nowhere.pt", "nowhere.pt cannot be loaded (FileNotFoundError)"),
     "truncated checkpoint": ("--checkpoint {}/truncated.pt", "truncated.pt cannot be loaded"),
@@ -96,7 +96,10 @@ def damaged_datasets(root):
     """Add copies of tiny/good-v0 that are damaged, one way each."""
 
     def copy(name):
-        return shutil.copytree(root / "tiny" / "good-v0", root / "tiny" / name) / "data"
+        path = shutil.copytree(root / "tiny" / "good-v0", root / "tiny" / name) / "data"
+        metadata = path / "metadata.json"
+        metadata.write_text(metadata.read_text().replace("tiny/good-v0", f"tiny/{name}"))
+        return path
 
     with open(copy("truncated-v0") / "main_data.hdf5", "r+b") as file:
         file.truncate(20_000)
