@@ -261,6 +261,7 @@ def evaluate(envs, policy, episodes):
     except (EOFError, ConnectionError) as error:
         time.sleep(1)  # the exit code comes a moment after the broken pipe
         codes = [process.exitcode for process in envs.processes if not process.is_alive()]
+        envs.closed = True  # the others end with this process, for a dead one cannot be asked to close
         sys.exit(f"An evaluation process died (exit codes {codes}, {type(error).__name__}): mend it and --resume.")
     return returns[:episodes], successes[:episodes] if reports_success else None
 
