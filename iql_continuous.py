@@ -241,40 +241,37 @@ def evaluate(envs, policy, episodes):
 
     `policy` maps observations (num_envs, obs_dim) to actions (num_envs, act_dim). Returns the undiscounted episodic
     returns (episodes,) and whether `info["success"]` held at any step (episodes,), None if no episode says.
-    Exits with a sentence if a worker process dies.
     """
-    returns, successes = np.zeros(0), np.zeros(0, dtype=bool)
-    reports_success = False
-    try:
-        while len(returns) < episodes:
-            obs, _ = envs.reset(seed=[EVAL_SEED + len(returns) + i for i in range(envs.num_envs)])
-            episodic_return, success = np.zeros(envs.num_envs), np.zeros(envs.num_envs, dtype=bool)
-            running = np.ones(envs.num_envs, dtype=bool)  # what follows an episode's end, autoreset too, is ignored
-            while running.any():
-                obs, rewards, terminations, truncations, infos = envs.step(policy(obs))
-                episodic_return += np.where(running, rewards, 0.0)
-                if "success" in infos:
-                    reports_success = True
-                    success |= running & np.asarray(infos["success"], dtype=bool)
-                running &= ~(terminations | truncations)
-            returns, successes = np.append(returns, episodic_return), np.append(successes, success)
-    except (EOFError, ConnectionError) as error:
-        time.sleep(1)  # the exit code comes a moment after the broken pipe
-        codes = [process.exitcode for process in envs.processes if not process.is_alive()]
-        envs.closed = True  # the others end with this process, for a dead one cannot be asked to close
-        sys.exit(f"An evaluation process died (exit codes {codes}, {type(error).__name__}): mend it and --resume.")
+    returns, successes, reports_success = np.zeros(0), np.zeros(0, dtype=bool), False
+    while len(returns) < episodes:
+        obs, _ = envs.reset(seed=[EVAL_SEED + len(returns) + i for i in range(envs.num_envs)])
+        episodic_return, success = np.zeros(envs.num_envs), np.zeros(envs.num_envs, dtype=bool)
+        running = np.ones(envs.num_envs, dtype=bool)  # what follows an episode's end, autoreset too, is ignored
+        while running.any():
+            obs, rewards, terminations, truncations, infos = envs.step(policy(obs))
+            episodic_return += np.where(running, rewards, 0.0)
+            if "success" in infos:
+                reports_success = True
+                success |= running & np.asarray(infos["success"], dtype=bool)
+            running &= ~(terminations | truncations)
+        returns, successes = np.append(returns, episodic_return), np.append(successes, success)
     return returns[:episodes], successes[:episodes] if reports_success else None
 
 
 def summarize(returns, successes, reference):
-    """Mean return, normalized score (0 and 100 are the `reference` returns) and success rate: those that are known."""
-    result = {"episodic_return": returns.mean().item()}
+    """What is known of some episodes; normalized scores are 0 and 100 at the two `reference` returns."""
+    summary = {"episodes": len(returns), "episodic_return": returns.mean().item()}
+    summary["episodic_return_std"] = returns.std().item()
     if reference:
         random_return, expert_return = reference
-        result["normalized_score"] = 100 * (result["episodic_return"] - random_return) / (expert_return - random_return)
+        summary["normalized_score"] = 100 * (returns.mean().item() - random_return) / (expert_return - random_return)
     if successes is not None:
-        result["success_rate"] = successes.mean().item()
-    return result
+        summary["success_rate"] = successes.mean().item()
+    return summary
+
+
+def describe(summary):
+    return ", ".join(f"{name}={round(value, 2)}" for name, value in summary.items())
 
 
 def load_dataset(env_id, dataset_id=None):
@@ -578,12 +575,10 @@ if __name__ == "__main__":
     sys.path.append(os.getcwd())  # for --env-id my_module:MyEnv-v0
     args = tyro.cli(Args)
     run_name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    run_dir = Path("runs") / run_name
-    saved = load(args.checkpoint) if args.checkpoint and not args.resume else None
+    run_dir, saved = Path("runs") / run_name, None
     if args.resume:
         run_dir = Path(args.resume)
-        run_name = run_dir.resolve().name
-        saved = load(run_dir / "checkpoint.pt")
+        run_name, saved = run_dir.resolve().name, load(run_dir / "checkpoint.pt")
         if saved["args"].keys() != vars(args).keys():
             sys.exit(f"{run_dir} is not a run of this script or this version: resume it with the one that began it.")
         args = tyro.cli(Args, default=Args(**saved["args"]))
@@ -593,8 +588,10 @@ if __name__ == "__main__":
                 sys.exit(f"{flag} would make another run of {run_dir}: leave it out, or begin a new run.")
         if args.total_updates < saved["global_step"]:
             sys.exit(f"--total-updates {args.total_updates} is less than the {saved['global_step']} of {run_dir}.")
-    elif saved and saved["args"]["env_id"] != args.env_id:
-        sys.exit(f"{args.checkpoint} was trained on {saved['args']['env_id']}, not on {args.env_id}: change --env-id.")
+    elif args.checkpoint:
+        saved = load(args.checkpoint)
+        if saved["args"]["env_id"] != args.env_id:
+            sys.exit(f"{args.checkpoint} is of {saved['args']['env_id']}, not of {args.env_id}: change --env-id.")
     if args.track:
         try:
             import wandb
@@ -638,10 +635,11 @@ if __name__ == "__main__":
     # data, and what is known of it and of a random policy before training
     agent = Agent(obs_dim, act_dim)
     reference = ADROIT[task][1:] if task else saved and saved["reference"]
+    default_scale = 0.05 if task else 1.0
     if saved:
         agent.load_state_dict(saved["agent"])
-        args.reward_scale = args.reward_scale or saved["args"]["reward_scale"]
-    args.reward_scale = args.reward_scale or (0.05 if task else 1.0)
+        default_scale = saved["args"]["reward_scale"]
+    args.reward_scale = args.reward_scale or default_scale
     measured = saved["measured"] if args.resume else {}
     transitions, transition_count = {}, 0
     if args.total_updates > 0 or not saved:
@@ -652,8 +650,7 @@ if __name__ == "__main__":
             dataset, env.observation_space, env.action_space, horizon, args.max_episodes
         )
         transition_count = len(transitions["rewards"])
-        if args.resume and transition_count != saved["transition_count"]:
-            had = saved["transition_count"]
+        if args.resume and transition_count != (had := measured["dataset"]["transitions"]):
             sys.exit(f"{dataset.id} has {transition_count} transitions, {run_dir} began with {had}: begin a new run.")
         scores = [dataset.storage.metadata.get(name) for name in ("ref_min_score", "ref_max_score")]
         if not task and None not in scores:
@@ -670,19 +667,18 @@ if __name__ == "__main__":
         if not args.resume:
             rng, shape = np.random.default_rng(EVAL_SEED), (envs.num_envs, act_dim)
             random_returns, _ = evaluate(envs, lambda _: rng.uniform(-1, 1, shape), 20)
-            for name, returns in (("dataset", dataset_returns), ("random", random_returns)):
-                measured[name] = {"episodes": len(returns), "std": returns.std().item()}
-                measured[name] |= summarize(returns, None, reference)
+            measured["dataset"] = {"transitions": transition_count, **summarize(dataset_returns, None, reference)}
+            measured["random"] = summarize(random_returns, None, reference)
     else:
         args.dataset_id = saved["args"]["dataset_id"]
     agent.to(device)
     optimizers = make_optimizers(agent, args.learning_rate)
 
     # where the run stands: evaluations are the rows of evaluations.csv
-    first_step, evaluations, summaries, best_return, start_time = 0, [], {}, -math.inf, time.time()
+    first_step, evaluations, best_return, start_time = 0, [], -math.inf, time.time()
     if args.resume:
-        first_step, evaluations, summaries = saved["global_step"] + 1, saved["evaluations"], saved["summaries"]
-        best_return, start_time = saved["best_return"], start_time - saved["wall_seconds"]
+        first_step, evaluations, best_return = saved["global_step"] + 1, saved["evaluations"], saved["best_return"]
+        start_time -= saved["wall_seconds"]
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             state["param_groups"][0]["lr"] = optimizer.param_groups[0]["lr"]  # stays this run's, on the device
             optimizer.load_state_dict(state)
@@ -701,18 +697,14 @@ if __name__ == "__main__":
         "hyperparameters",
         "|param|value|\n|-|-|\n%s" % ("\n".join([f"|{key}|{value}|" for key, value in vars(args).items()])),
     )
-    columns = "global_step episodes episodic_return_mean episodic_return_std normalized_score success_rate wall_seconds"
+    columns = "global_step episodes episodic_return episodic_return_std normalized_score success_rate wall_seconds"
     evaluations_file = open(run_dir / "evaluations.csv", "w", newline="")
     evaluations_table = csv.DictWriter(evaluations_file, columns.split())
     evaluations_table.writeheader()
     evaluations_table.writerows(evaluations)
-    print(f"{run_dir}: {args.env_id} with {args.dataset_id} on {device}, from update {max(first_step - 1, 0)}")
-    for name, values in measured.items() if not args.resume else ():
-        known = ", ".join(
-            f"{key}={values[key]:.2f}" for key in ("episodic_return", "normalized_score") if key in values
-        )
-        print(f"{name}: {known} (std {values['std']:.2f}, {values['episodes']} episodes)", flush=True)
-        writer.add_scalar(f"charts/{name}_return", values["episodic_return"], 0)
+    print(f"{run_dir}: {args.env_id} with {args.dataset_id} on {device}, from update {first_step}")
+    for name, summary in measured.items():
+        print(f"{name}: {describe(summary)}", flush=True)
 
     # one update on a batch that is drawn from the dataset: all of it happens on the device
     fast_update = torch.compile(update) if args.compile and device.type == "cuda" else update
@@ -727,14 +719,13 @@ if __name__ == "__main__":
 
     # TRY NOT TO MODIFY: start the training. global_step counts the updates done
     loop_start = time.time()
-    bar = tqdm(total=args.total_updates, initial=max(first_step - 1, 0), unit=" updates", disable=None)
-    for global_step in range(first_step, args.total_updates + 1):
+    steps = range(first_step, args.total_updates + 1)
+    for global_step in tqdm(steps, initial=first_step, total=args.total_updates + 1, unit=" updates", disable=None):
         if global_step > 0:
             # the actor's learning rate falls on a cosine, as in the official code
             decay = 0.5 * (1 + math.cos(math.pi * (global_step - 1) / args.total_updates))
             optimizers[1].param_groups[0]["lr"].fill_(args.learning_rate * decay)
             metrics = step()
-            bar.update()
 
         last = global_step == args.total_updates
         evaluating = last or global_step % args.eval_frequency == 0
@@ -746,28 +737,24 @@ if __name__ == "__main__":
                 sys.exit(f"A loss is NaN or infinite at update {global_step}: lower --learning-rate or --reward-scale.")
             for name, value in losses.items():
                 writer.add_scalar(f"losses/{name}", value, global_step)
-            sps = (global_step - max(first_step - 1, 0)) / (time.time() - loop_start)
-            writer.add_scalar("charts/SPS", sps, global_step)
+            writer.add_scalar("charts/SPS", (global_step - first_step) / (time.time() - loop_start), global_step)
 
         if evaluating:
-            actor = copy.deepcopy(agent.actor).cpu()
             episodes = args.final_episodes if last else args.eval_episodes
-            returns, successes = evaluate(envs, actor.act, episodes)
-            result = summarize(returns, successes, reference)
-            row = {"global_step": global_step, "episodes": episodes}
-            row |= {"episodic_return_mean": returns.mean().item(), "episodic_return_std": returns.std().item()}
-            row |= {name: result.get(name) for name in ("normalized_score", "success_rate")}
-            row |= {"wall_seconds": time.time() - start_time}
+            returns, successes = evaluate(envs, agent.actor.act, episodes)
+            summary = summarize(returns, successes, reference)
+            row = {"global_step": global_step, **summary, "wall_seconds": time.time() - start_time}
             evaluations.append(row)
             evaluations_table.writerow(row)
             evaluations_file.flush()
-            for name, value in result.items():
+            for name, value in summary.items():
                 writer.add_scalar(f"charts/{name}", value, global_step)
             writer.flush()
-            summaries[global_step] = ", ".join(f"{name}={value:.2f}" for name, value in result.items())
-            tqdm.write(f"global_step={global_step}, {summaries[global_step]}")
+            tqdm.write(describe(row))
             sys.stdout.flush()
 
+            mean = returns[: args.eval_episodes].mean().item()  # on the start states that all evaluations share
+            improved, best_return = mean > best_return, max(mean, best_return)
             state = {
                 "args": vars(args),
                 "device": device.type,
@@ -777,31 +764,25 @@ if __name__ == "__main__":
                 "cuda_rng_state": torch.cuda.get_rng_state() if device.type == "cuda" else None,
                 "global_step": global_step,
                 "evaluations": evaluations,
-                "summaries": summaries,
+                "best_return": best_return,
                 "wall_seconds": time.time() - start_time,
-                "transition_count": transition_count,
                 "reference": reference,
                 "measured": measured,
             }
-            # on the start states that all evaluations share
-            if (best := returns[: args.eval_episodes].mean().item()) > best_return:
-                best_return = best
-                save({**state, "best_return": best_return}, run_dir / "best.pt")
-            save({**state, "best_return": best_return}, run_dir / "checkpoint.pt")
-    bar.close()
+            if improved:
+                save(state, run_dir / "best.pt")
+            save(state, run_dir / "checkpoint.pt")
 
     if args.capture_video:
-        obs, _ = video_env.reset(seed=EVAL_SEED)
-        done = False
+        obs, done = video_env.reset(seed=EVAL_SEED)[0], False
         while not done:
             obs, _, terminated, truncated, _ = video_env.step(agent.actor.act(obs[None])[0])
             done = terminated or truncated
         video_env.close()
         if args.track:
-            path = next(Path(f"videos/{run_name}").glob(f"*__{args.total_updates}-*.mp4"))
-            wandb.log({"video": wandb.Video(str(path))})
+            film = f"videos/{run_name}/{run_name}__{args.total_updates}-episode-0.mp4"
+            wandb.log({"video": wandb.Video(film)})
     envs.close()
     evaluations_file.close()
     writer.close()
-    updates = f"{args.total_updates} updates, seed {args.seed}, {evaluations[-1]['episodes']} episodes"
-    print(f"final: {args.env_id} with {args.dataset_id}, {updates}: {summaries[args.total_updates]}")
+    print(f"final: {args.env_id} with {args.dataset_id}, seed {args.seed}: {describe(evaluations[-1])}")

@@ -252,40 +252,37 @@ def evaluate(envs, policy, episodes):
 
     `policy` maps observations (num_envs, obs_dim) to actions (num_envs, act_dim). Returns the undiscounted episodic
     returns (episodes,) and whether `info["success"]` held at any step (episodes,), None if no episode says.
-    Exits with a sentence if a worker process dies.
     """
-    returns, successes = np.zeros(0), np.zeros(0, dtype=bool)
-    reports_success = False
-    try:
-        while len(returns) < episodes:
-            obs, _ = envs.reset(seed=[EVAL_SEED + len(returns) + i for i in range(envs.num_envs)])
-            episodic_return, success = np.zeros(envs.num_envs), np.zeros(envs.num_envs, dtype=bool)
-            running = np.ones(envs.num_envs, dtype=bool)  # what follows an episode's end, autoreset too, is ignored
-            while running.any():
-                obs, rewards, terminations, truncations, infos = envs.step(policy(obs))
-                episodic_return += np.where(running, rewards, 0.0)
-                if "success" in infos:
-                    reports_success = True
-                    success |= running & np.asarray(infos["success"], dtype=bool)
-                running &= ~(terminations | truncations)
-            returns, successes = np.append(returns, episodic_return), np.append(successes, success)
-    except (EOFError, ConnectionError) as error:
-        time.sleep(1)  # the exit code comes a moment after the broken pipe
-        codes = [process.exitcode for process in envs.processes if not process.is_alive()]
-        envs.closed = True  # the others end with this process, for a dead one cannot be asked to close
-        sys.exit(f"An evaluation process died (exit codes {codes}, {type(error).__name__}): mend it and --resume.")
+    returns, successes, reports_success = np.zeros(0), np.zeros(0, dtype=bool), False
+    while len(returns) < episodes:
+        obs, _ = envs.reset(seed=[EVAL_SEED + len(returns) + i for i in range(envs.num_envs)])
+        episodic_return, success = np.zeros(envs.num_envs), np.zeros(envs.num_envs, dtype=bool)
+        running = np.ones(envs.num_envs, dtype=bool)  # what follows an episode's end, autoreset too, is ignored
+        while running.any():
+            obs, rewards, terminations, truncations, infos = envs.step(policy(obs))
+            episodic_return += np.where(running, rewards, 0.0)
+            if "success" in infos:
+                reports_success = True
+                success |= running & np.asarray(infos["success"], dtype=bool)
+            running &= ~(terminations | truncations)
+        returns, successes = np.append(returns, episodic_return), np.append(successes, success)
     return returns[:episodes], successes[:episodes] if reports_success else None
 
 
 def summarize(returns, successes, reference):
-    """Mean return, normalized score (0 and 100 are the `reference` returns) and success rate: those that are known."""
-    result = {"episodic_return": returns.mean().item()}
+    """What is known of some episodes; normalized scores are 0 and 100 at the two `reference` returns."""
+    summary = {"episodes": len(returns), "episodic_return": returns.mean().item()}
+    summary["episodic_return_std"] = returns.std().item()
     if reference:
         random_return, expert_return = reference
-        result["normalized_score"] = 100 * (result["episodic_return"] - random_return) / (expert_return - random_return)
+        summary["normalized_score"] = 100 * (returns.mean().item() - random_return) / (expert_return - random_return)
     if successes is not None:
-        result["success_rate"] = successes.mean().item()
-    return result
+        summary["success_rate"] = successes.mean().item()
+    return summary
+
+
+def describe(summary):
+    return ", ".join(f"{name}={round(value, 2)}" for name, value in summary.items())
 
 
 def load_dataset(env_id, dataset_id=None):
@@ -596,12 +593,10 @@ if __name__ == "__main__":
     sys.path.append(os.getcwd())  # for --env-id my_module:MyEnv-v0
     args = tyro.cli(Args)
     run_name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    run_dir = Path("runs") / run_name
-    saved = load(args.checkpoint) if args.checkpoint and not args.resume else None
+    run_dir, saved = Path("runs") / run_name, None
     if args.resume:
         run_dir = Path(args.resume)
-        run_name = run_dir.resolve().name
-        saved = load(run_dir / "checkpoint.pt")
+        run_name, saved = run_dir.resolve().name, load(run_dir / "checkpoint.pt")
         if saved["args"].keys() != vars(args).keys():
             sys.exit(f"{run_dir} is not a run of this script or this version: resume it with the one that began it.")
         args = tyro.cli(Args, default=Args(**saved["args"]))
@@ -612,8 +607,10 @@ if __name__ == "__main__":
             if getattr(args, name) != saved["args"][name]:
                 flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
                 sys.exit(f"{flag} would make another run of {run_dir}: leave it out, or begin a new run.")
-    elif saved and saved["args"]["env_id"] != args.env_id:
-        sys.exit(f"{args.checkpoint} was trained on {saved['args']['env_id']}, not on {args.env_id}: change --env-id.")
+    elif args.checkpoint:
+        saved = load(args.checkpoint)
+        if saved["args"]["env_id"] != args.env_id:
+            sys.exit(f"{args.checkpoint} is of {saved['args']['env_id']}, not of {args.env_id}: change --env-id.")
     offline_updates = 0 if args.checkpoint else args.offline_updates
     total_updates = offline_updates + args.online_steps * args.updates_per_step
     if args.resume and total_updates < saved["global_step"]:
@@ -662,10 +659,11 @@ if __name__ == "__main__":
     # data, and what is known of it and of a random policy before training
     agent = Agent(obs_dim, act_dim)
     reference = ADROIT[task][1:] if task else saved and saved["reference"]
+    default_scale = 0.005 if task else 1.0
     if saved:
         agent.load_state_dict(saved["agent"])
-        args.reward_scale = args.reward_scale or saved["args"]["reward_scale"]
-    args.reward_scale = args.reward_scale or (0.005 if task else 1.0)
+        default_scale = saved["args"]["reward_scale"]
+    args.reward_scale = args.reward_scale or default_scale
     measured = saved["measured"] if args.resume else {}
     dataset = load_dataset(args.env_id, args.dataset_id)
     args.dataset_id = dataset.id
@@ -674,8 +672,7 @@ if __name__ == "__main__":
         dataset, env.observation_space, env.action_space, horizon, args.max_episodes
     )
     transition_count = len(transitions["rewards"])
-    if args.resume and transition_count != saved["transition_count"]:
-        had = saved["transition_count"]
+    if args.resume and transition_count != (had := measured["dataset"]["transitions"]):
         sys.exit(f"{dataset.id} has {transition_count} transitions, {run_dir} began with {had}: begin a new run.")
     scores = [dataset.storage.metadata.get(name) for name in ("ref_min_score", "ref_max_score")]
     if not task and None not in scores:
@@ -698,19 +695,18 @@ if __name__ == "__main__":
     if not args.resume:
         rng, shape = np.random.default_rng(EVAL_SEED), (envs.num_envs, act_dim)
         random_returns, _ = evaluate(envs, lambda _: rng.uniform(-1, 1, shape), 20)
-        for name, returns in (("dataset", dataset_returns), ("random", random_returns)):
-            measured[name] = {"episodes": len(returns), "std": returns.std().item()}
-            measured[name] |= summarize(returns, None, reference)
+        measured["dataset"] = {"transitions": transition_count, **summarize(dataset_returns, None, reference)}
+        measured["random"] = summarize(random_returns, None, reference)
     agent.to(device)
     optimizers = make_optimizers(agent, args.learning_rate)
 
     # where the run stands: evaluations are the rows of evaluations.csv, online_successes of whole episodes
-    first_step, evaluations, summaries, best_return, start_time = 0, [], {}, -math.inf, time.time()
-    online_steps, online_saved, online_successes, reports_success = 0, 0, [], False
+    first_step, evaluations, best_return, start_time = 0, [], -math.inf, time.time()
+    online_steps, online_saved, online_successes = 0, 0, []
     online_file, widths = run_dir / "online.bin", [obs_dim, act_dim, 1, obs_dim, 1]
     if args.resume:
         online_steps = online_saved = saved["online_steps"]
-        online_successes, reports_success = saved["online_successes"], saved["reports_success"]
+        online_successes = saved["online_successes"]
         count = online_steps * sum(widths)
         online = np.fromfile(online_file, np.float32, count) if count and online_file.exists() else np.zeros(0)
         if len(online) != count:
@@ -720,8 +716,8 @@ if __name__ == "__main__":
             now = tensor[transition_count : transition_count + online_steps]
             now.copy_(part.view(now.shape))
         size.fill_(transition_count + online_steps)
-        first_step, evaluations, summaries = saved["global_step"] + 1, saved["evaluations"], saved["summaries"]
-        best_return, start_time = saved["best_return"], start_time - saved["wall_seconds"]
+        first_step, evaluations, best_return = saved["global_step"] + 1, saved["evaluations"], saved["best_return"]
+        start_time -= saved["wall_seconds"]
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             state["param_groups"][0]["lr"] = optimizer.param_groups[0]["lr"]  # stays this run's, on the device
             optimizer.load_state_dict(state)
@@ -740,20 +736,15 @@ if __name__ == "__main__":
         "hyperparameters",
         "|param|value|\n|-|-|\n%s" % ("\n".join([f"|{key}|{value}|" for key, value in vars(args).items()])),
     )
-    columns = (
-        "global_step episodes episodic_return_mean episodic_return_std normalized_score success_rate wall_seconds phase"
-    )
+    columns = "global_step episodes episodic_return episodic_return_std normalized_score success_rate wall_seconds"
+    columns += " online_steps"
     evaluations_file = open(run_dir / "evaluations.csv", "w", newline="")
     evaluations_table = csv.DictWriter(evaluations_file, columns.split())
     evaluations_table.writeheader()
     evaluations_table.writerows(evaluations)
-    print(f"{run_dir}: {args.env_id} with {args.dataset_id} on {device}, from update {max(first_step - 1, 0)}")
-    for name, values in measured.items() if not args.resume else ():
-        known = ", ".join(
-            f"{key}={values[key]:.2f}" for key in ("episodic_return", "normalized_score") if key in values
-        )
-        print(f"{name}: {known} (std {values['std']:.2f}, {values['episodes']} episodes)", flush=True)
-        writer.add_scalar(f"charts/{name}_return", values["episodic_return"], 0)
+    print(f"{run_dir}: {args.env_id} with {args.dataset_id} on {device}, from update {first_step}")
+    for name, summary in measured.items():
+        print(f"{name}: {describe(summary)}", flush=True)
 
     # one update on a batch that is drawn from all transitions: all of it happens on the device
     fast_update = torch.compile(update) if args.compile and device.type == "cuda" else update
@@ -769,8 +760,8 @@ if __name__ == "__main__":
     # TRY NOT TO MODIFY: start the training. global_step counts the updates done, offline and online
     obs = None  # no online episode is under way yet; one that was when a run stopped is not restored
     loop_start = time.time()
-    bar = tqdm(total=total_updates, initial=max(first_step - 1, 0), unit=" updates", disable=None)
-    for global_step in range(first_step, total_updates + 1):
+    steps = range(first_step, total_updates + 1)
+    for global_step in tqdm(steps, initial=first_step, total=total_updates + 1, unit=" updates", disable=None):
         if global_step > 0:
             online_updates = global_step - offline_updates  # this one included; not above 0 while offline
             # the first online updates would repeat the few online transitions that there are: collect some before
@@ -795,20 +786,18 @@ if __name__ == "__main__":
                 size.fill_(transition_count + online_steps)
                 obs = next_obs
                 episodic_return += reward
-                reports_success |= "success" in info
                 success |= bool(info.get("success", False))
                 if terminated or truncated:
                     obs = None
                     online_successes.append(success)
                     writer.add_scalar("charts/online_episodic_return", episodic_return, global_step)
-                    if reports_success:
+                    if "success_rate" in evaluations[-1]:
                         writer.add_scalar("charts/regret", 1 - np.mean(online_successes), global_step)
             if args.anneal_lr and online_updates > 0:
                 # without it the policy at an evaluation is one of many that succeed between half the time and always
                 decay = 0.5 * (1 + math.cos(math.pi * (online_updates - 1) / (total_updates - offline_updates)))
                 optimizers[1].param_groups[0]["lr"].fill_(args.learning_rate * decay)
             metrics = step()
-            bar.update()
 
         last = global_step in (offline_updates, total_updates)
         evaluating = last or global_step % args.eval_frequency == 0
@@ -820,29 +809,25 @@ if __name__ == "__main__":
                 sys.exit(f"A loss is NaN or infinite at update {global_step}: lower --learning-rate or --reward-scale.")
             for name, value in losses.items():
                 writer.add_scalar(f"losses/{name}", value, global_step)
-            sps = (global_step - max(first_step - 1, 0)) / (time.time() - loop_start)
-            writer.add_scalar("charts/SPS", sps, global_step)
+            writer.add_scalar("charts/SPS", (global_step - first_step) / (time.time() - loop_start), global_step)
 
         if evaluating:
-            actor = copy.deepcopy(agent.actor).cpu()
             episodes = args.final_episodes if last else args.eval_episodes
-            returns, successes = evaluate(envs, actor.act, episodes)
-            result = summarize(returns, successes, reference)
-            row = {"global_step": global_step, "episodes": episodes}
-            row |= {"episodic_return_mean": returns.mean().item(), "episodic_return_std": returns.std().item()}
-            row |= {name: result.get(name) for name in ("normalized_score", "success_rate")}
-            phase = "offline" if global_step <= offline_updates else "online"
-            row |= {"wall_seconds": time.time() - start_time, "phase": phase}
+            returns, successes = evaluate(envs, agent.actor.act, episodes)
+            summary = summarize(returns, successes, reference)
+            row = {"global_step": global_step, **summary, "wall_seconds": time.time() - start_time}
+            row["online_steps"] = online_steps
             evaluations.append(row)
             evaluations_table.writerow(row)
             evaluations_file.flush()
-            for name, value in result.items():
+            for name, value in summary.items():
                 writer.add_scalar(f"charts/{name}", value, global_step)
             writer.flush()
-            summaries[global_step] = ", ".join(f"{name}={value:.2f}" for name, value in result.items())
-            tqdm.write(f"global_step={global_step}, {summaries[global_step]}")
+            tqdm.write(describe(row))
             sys.stdout.flush()
 
+            mean = returns[: args.eval_episodes].mean().item()  # on the start states that all evaluations share
+            improved, best_return = mean > best_return, max(mean, best_return)
             if online_steps > online_saved:  # a checkpoint costs what is new since the last one
                 new = slice(transition_count + online_saved, transition_count + online_steps)
                 parts = [tensor[new].view(online_steps - online_saved, -1) for tensor in storage.values()]
@@ -861,39 +846,32 @@ if __name__ == "__main__":
                 "cuda_rng_state": torch.cuda.get_rng_state() if device.type == "cuda" else None,
                 "global_step": global_step,
                 "evaluations": evaluations,
-                "summaries": summaries,
+                "best_return": best_return,
                 "wall_seconds": time.time() - start_time,
-                "transition_count": transition_count,
                 "reference": reference,
                 "measured": measured,
                 "online_steps": online_steps,
                 "online_successes": online_successes,
-                "reports_success": reports_success,
             }
-            # on the start states that all evaluations share
-            if (best := returns[: args.eval_episodes].mean().item()) > best_return:
-                best_return = best
-                save({**state, "best_return": best_return}, run_dir / "best.pt")
-            save({**state, "best_return": best_return}, run_dir / "checkpoint.pt")
-    bar.close()
+            if improved:
+                save(state, run_dir / "best.pt")
+            save(state, run_dir / "checkpoint.pt")
 
     if args.capture_video:
-        obs, _ = video_env.reset(seed=EVAL_SEED)
-        done = False
+        obs, done = video_env.reset(seed=EVAL_SEED)[0], False
         while not done:
             obs, _, terminated, truncated, _ = video_env.step(agent.actor.act(obs[None])[0])
             done = terminated or truncated
         video_env.close()
         if args.track:
-            path = next(Path(f"videos/{run_name}").glob(f"*__{total_updates}-*.mp4"))
-            wandb.log({"video": wandb.Video(str(path))})
+            film = f"videos/{run_name}/{run_name}__{total_updates}-episode-0.mp4"
+            wandb.log({"video": wandb.Video(film)})
     envs.close()
     evaluations_file.close()
     writer.close()
-    print(f"before fine-tuning: {summaries[offline_updates]}")
-    if reports_success and online_successes:
+    before = next(row for row in evaluations if row["global_step"] == offline_updates)
+    print(f"before fine-tuning: {describe(before)}")
+    if "success_rate" in evaluations[-1] and online_successes:
         regret = 1 - np.mean(online_successes)
         print(f"regret (1 - success over the {len(online_successes)} online episodes): {regret:.3f}")
-    updates = f"{offline_updates} offline and {total_updates - offline_updates} online updates, seed {args.seed}"
-    updates += f", {evaluations[-1]['episodes']} episodes"
-    print(f"final: {args.env_id} with {args.dataset_id}, {updates}: {summaries[total_updates]}")
+    print(f"final: {args.env_id} with {args.dataset_id}, seed {args.seed}: {describe(evaluations[-1])}")

@@ -98,11 +98,12 @@ def summarize(run):
     unit, score = ("normalized", "normalized_score") if run["rows"][-1]["normalized_score"] else ("return", None)
     measured = {f"{name}_score": run.get(name, {}).get(score or "episodic_return") for name in ("random", "dataset")}
     for phase, updates in run["updates"].items():
-        rows = [row for row in run["rows"] if (row.get("phase") or "") == phase]
+        phases = {None: "", "0": "offline"}
+        rows = [row for row in run["rows"] if phases.get(row.get("online_steps"), "online") == phase]
         if not rows:  # a checkpoint's fine-tuning has no offline phase
             continue
         steps = [float(row["global_step"]) for row in rows]
-        scores = [float(row[score or "episodic_return_mean"]) for row in rows]
+        scores = [float(row[score or "episodic_return"]) for row in rows]
         result = {name: run[name] for name in IDENTITY} | {"variant": f"{run['variant']} {phase}".strip()}
         result |= {"updates": updates, "unit": unit, "final": scores[-1], "best": max(scores), "curve": (steps, scores)}
         result |= {name: float(rows[-1][name] or "nan") for name in ("success_rate", "wall_seconds")}

@@ -1,6 +1,7 @@
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tests side by side would wait for each other's threads
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, and without a network that is known at once
 
 import subprocess
 import sys
@@ -19,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 def run_script(script, flags, cwd):
     """Run one of the repository's scripts in `cwd`, away from the user's own datasets; returns its stdout."""
     command = [sys.executable, ROOT / script, *flags.split()]
-    environment = {**os.environ, "MINARI_DATASETS_PATH": str(cwd / "no_datasets"), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "MINARI_DATASETS_PATH": str(cwd / "no_datasets")}
     result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout

@@ -3,11 +3,11 @@
 import os
 import pickle
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from processes import ROOT, SCRIPTS, Hostile, assert_refused, finish, run, run_dir, start
+from processes import ROOT, SCRIPTS, assert_refused, finish, run, run_dir, start
+from tiny_env import ACTIONS, OBSERVATIONS
 
 import iql_continuous
 import iql_finetune
@@ -35,68 +35,29 @@ def test_an_argument_out_of_range_is_named_with_its_rule(script):
             script.Args(**{name: float(value) if "." in value or not value.lstrip("-").isdigit() else int(value)})
 
 
-def saved_models(folder):
-    """Files for --checkpoint: a good one, and bad ones."""
-    folder.mkdir()
-    run("iql_continuous", folder, "--total-updates 0")
-    good = folder / "good.pt"
-    shutil.copy(run_dir(folder) / "checkpoint.pt", good)
-    (folder / "truncated.pt").write_bytes(good.read_bytes()[:100_000])
-    data = bytearray(good.read_bytes())
-    data[len(data) // 2] ^= 1  # within the weights
-    (folder / "flipped.pt").write_bytes(data)
-    state = torch.load(good, weights_only=True)
-    torch.save({"weights": torch.zeros(3)}, folder / "foreign.pt")
-    torch.save(state | {"agent": Hostile()}, folder / "hostile.pt")
-    with open(folder / "pickle.pt", "wb") as file:
-        pickle.dump(Hostile(), file)
+@pytest.mark.parametrize(
+    ("env_id", "sentence"),
+    [
+        ("Nowhere-v0", "Nowhere-v0 cannot be made, change --env-id"),
+        ("nowhere:Tiny-v0", "nowhere:Tiny-v0 cannot be made.*No module named 'nowhere'"),
+        ("tiny_env:NestedDict-v0", "only a Box or a Dict of Boxes"),
+        ("tiny_env:DiscreteAction-v0", r"Discrete\(3\): only a Box"),
+        ("tiny_env:UnboundedAction-v0", "range of inf in dimension 0 of its actions"),
+        ("tiny_env:ZeroWidth-v0", r"range of 0\.0 in dimension 1 of its actions"),
+        ("tiny_env:Endless-v0", "no time limit: register it with max_episode_steps"),
+    ],
+)
+def test_an_environment_that_does_not_do_is_refused(env_id, sentence):
+    with pytest.raises(SystemExit, match=sentence):
+        iql_continuous.check_env(env_id)
 
 
-UNABLE = "raise ModuleNotFoundError('No module named %r' % __name__)"
-# arguments after those of the tiny run, and words of the sentence; {} is the folder of saved_models
-CASES = {
-    "argument out of range": ("--expectile 2", "--help"),
-    "unknown environment": ("--env-id Nowhere-v0", "Nowhere-v0 cannot be made", "--env-id"),
-    "unknown module": ("--env-id nowhere:Tiny-v0", "nowhere:Tiny-v0 cannot be made", "No module named 'nowhere'"),
-    "nested Dict": ("--env-id tiny_env:NestedDict-v0", "only a Box or a Dict of Boxes"),
-    "discrete actions": ("--env-id tiny_env:DiscreteAction-v0", "Discrete(3)", "only a Box"),
-    "unbounded actions": ("--env-id tiny_env:UnboundedAction-v0", "range of inf in dimension 0 of its actions"),
-    "zero width": ("--env-id tiny_env:ZeroWidth-v0", "range of 0.0 in dimension 1 of its actions"),
-    "no time limit": ("--env-id tiny_env:Endless-v0", "no time limit", "max_episode_steps"),
-    "no default dataset": ("--dataset-id None", "tiny_env:Tiny-v0 has no default dataset", "--dataset-id"),
-    "dataset nowhere": ("--dataset-id tiny/nowhere-v0", "tiny/nowhere-v0 could not be downloaded", "check the network"),
-    "other observations": ("--dataset-id tiny/wide-v0", "tiny/wide-v0", "observation_space is Box", "(4,)"),
-    "other kind of actions": ("--dataset-id tiny/discrete-v0", "tiny/discrete-v0", "action_space is Discrete(3)"),
-    "empty dataset": ("--dataset-id tiny/empty-v0", "tiny/empty-v0 has 0 transitions"),
-    "one transition": ("--dataset-id tiny/one-v0", "tiny/one-v0 has 1 transitions"),
-    "NaN": ("--dataset-id tiny/nan-v0", "tiny/nan-v0 holds NaN or infinity in its rewards"),
-    "infinity": ("--dataset-id tiny/infinity-v0", "tiny/infinity-v0 holds NaN or infinity in its observations"),
-    "no last observation": ("--dataset-id tiny/short-v0", "tiny/short-v0 has 10 observations for the 10 steps"),
-    "truncated dataset": ("--dataset-id tiny/truncated-v0", "tiny/truncated-v0 cannot be read", "delete"),
-    "folder without data": ("--dataset-id tiny/nodata-v0", "tiny/nodata-v0 cannot be opened, delete"),
-    "damaged metadata": ("--dataset-id tiny/nometadata-v0", "tiny/nometadata-v0 cannot be opened, delete"),
-    "other Minari": ("--dataset-id tiny/future-v0", "tiny/future-v0 is of Minari 99.0"),
-    "wandb not installed": ("--track", "--track needs wandb"),
-    "moviepy not installed": ("--capture-video", "--capture-video needs another package", "moviepy"),
-    "cannot be filmed": ("--capture-video --env-id tiny_env:Dark-v0", "cannot be filmed", "no screen"),
-    "no checkpoint there": ("--checkpoint nowhere.pt", "nowhere.pt cannot be loaded (FileNotFoundError)"),
-    "truncated checkpoint": ("--checkpoint {}/truncated.pt", "truncated.pt cannot be loaded"),
-    "flipped bit": ("--checkpoint {}/flipped.pt", "flipped.pt cannot be loaded (BadZipFile)"),
-    "checkpoint of something else": ("--checkpoint {}/foreign.pt", "foreign.pt is not a checkpoint"),
-    "checkpoint that would run code": ("--checkpoint {}/hostile.pt", "hostile.pt cannot be loaded"),
-    "pickle that would run code": ("--checkpoint {}/pickle.pt", "pickle.pt cannot be loaded"),
-    "checkpoint of another environment": (
-        "--checkpoint {}/good.pt --env-id tiny_env:Wide-v0",
-        "was trained on tiny_env:Tiny",
-    ),
-}
-
-
-def damaged_datasets(root):
-    """Add copies of tiny/good-v0 that are damaged, one way each."""
+@pytest.fixture(scope="module")
+def damaged_datasets(minari_root):
+    """Copies of tiny/good-v0 that are damaged, one way each."""
 
     def copy(name):
-        path = shutil.copytree(root / "tiny" / "good-v0", root / "tiny" / name) / "data"
+        path = shutil.copytree(minari_root / "tiny" / "good-v0", minari_root / "tiny" / name) / "data"
         metadata = path / "metadata.json"
         metadata.write_text(metadata.read_text().replace("tiny/good-v0", f"tiny/{name}"))
         return path
@@ -109,32 +70,102 @@ def damaged_datasets(root):
     path.write_text(path.read_text().replace('"minari_version": "', '"minari_version": "99.0", "was": "'))
 
 
+@pytest.mark.parametrize(
+    ("dataset_id", "sentence"),
+    [
+        (None, "tiny_env:Tiny-v0 has no default dataset: name one with --dataset-id"),
+        ("tiny/nowhere-v0", "tiny/nowhere-v0 could not be downloaded.*check the network"),
+        ("tiny/wide-v0", r"tiny/wide-v0 is not for this environment: its observation_space is Box.*\(4,\)"),
+        ("tiny/discrete-v0", r"tiny/discrete-v0.*action_space is Discrete\(3\)"),
+        ("tiny/empty-v0", "tiny/empty-v0 has 0 transitions"),
+        ("tiny/one-v0", "tiny/one-v0 has 1 transitions"),
+        ("tiny/nan-v0", "tiny/nan-v0 holds NaN or infinity in its rewards"),
+        ("tiny/infinity-v0", "tiny/infinity-v0 holds NaN or infinity in its observations"),
+        ("tiny/short-v0", "tiny/short-v0 has 10 observations for the 10 steps"),
+        ("tiny/truncated-v0", "tiny/truncated-v0 cannot be read, delete"),
+        ("tiny/nodata-v0", "tiny/nodata-v0 cannot be opened, delete"),
+        ("tiny/nometadata-v0", "tiny/nometadata-v0 cannot be opened, delete"),
+        ("tiny/future-v0", r"tiny/future-v0 is of Minari 99\.0"),
+    ],
+)
+def test_a_dataset_that_does_not_do_is_refused(dataset_id, sentence, damaged_datasets):
+    with pytest.raises(SystemExit, match=sentence):
+        dataset = iql_continuous.load_dataset("tiny_env:Tiny-v0", dataset_id)
+        iql_continuous.load_transitions(dataset, OBSERVATIONS, ACTIONS, 10)
+
+
+class Hostile:
+    """Unpickling it creates a file `executed` in the working directory."""
+
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
 @pytest.fixture(scope="module")
-def refusals(minari_root, tmp_path_factory):
-    """What became of every case, and the folder it ran in; two at a time."""
-    damaged_datasets(minari_root)
-    saved_models(models := tmp_path_factory.mktemp("models") / "models")
-    absent = tmp_path_factory.mktemp("absent")  # makes these two not installed wherever the tests run
+def checkpoints(tmp_path_factory):
+    """A folder with a run's checkpoint, good.pt, and bad ones."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    run("iql_continuous", folder, "--total-updates 0")
+    good = folder / "good.pt"
+    shutil.copy(run_dir(folder) / "checkpoint.pt", good)
+    (folder / "truncated.pt").write_bytes(good.read_bytes()[:100_000])
+    data = bytearray(good.read_bytes())
+    data[len(data) // 2] ^= 1  # within the weights
+    (folder / "flipped.pt").write_bytes(data)
+    torch.save({"weights": torch.zeros(3)}, folder / "foreign.pt")
+    torch.save(torch.load(good, weights_only=True) | {"agent": Hostile()}, folder / "hostile.pt")
+    (folder / "pickle.pt").write_bytes(pickle.dumps(Hostile()))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("nowhere", r"nowhere\.pt cannot be loaded \(FileNotFoundError\)"),
+        ("truncated", r"truncated\.pt cannot be loaded \(BadZipFile\)"),
+        ("flipped", r"flipped\.pt cannot be loaded \(BadZipFile\)"),
+        ("foreign", r"foreign\.pt is not a checkpoint"),
+        ("hostile", r"hostile\.pt cannot be loaded \(UnpicklingError\)"),
+        ("pickle", r"pickle\.pt cannot be loaded \(BadZipFile\)"),
+    ],
+)
+def test_a_checkpoint_that_does_not_do_is_refused(name, sentence, checkpoints, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=sentence):
+        iql_continuous.load(checkpoints / f"{name}.pt")
+    assert not any(tmp_path.iterdir())  # nothing in a file is executed
+
+
+UNABLE = "raise ModuleNotFoundError('No module named %r' % __name__)"
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "telling"),
+    [
+        ("iql_continuous", "--env-id tiny_env:ZeroWidth-v0", "range of 0.0"),
+        ("iql_finetune", "--dataset-id tiny/nan-v0", "holds NaN"),
+        ("iql_continuous", "--checkpoint {}/flipped.pt", "flipped.pt cannot be loaded"),
+        ("iql_finetune", "--checkpoint {}/good.pt --env-id tiny_env:Wide-v0", "good.pt is of tiny_env:Tiny-v0, not of"),
+        ("iql_continuous", "--track", "--track needs wandb"),
+        ("iql_finetune", "--capture-video", "--capture-video needs another package"),
+        ("iql_continuous", "--capture-video --env-id tiny_env:Dark-v0", "cannot be filmed"),
+    ],
+)
+def test_a_refused_run_ends_with_the_sentence_and_leaves_nothing(script, arguments, telling, checkpoints, tmp_path):
+    (tmp_path / "absent").mkdir()  # makes these two not installed wherever the tests run
     for package in ("wandb", "moviepy"):
-        (absent / f"{package}.py").write_text(UNABLE)
-
-    def refuse(name):
-        folder, path = tmp_path_factory.mktemp("case"), os.pathsep.join([str(absent), str(ROOT / "tests")])
-        return finish(start("iql_continuous", folder, CASES[name][0].format(models), PYTHONPATH=path)), folder
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(CASES, pool.map(refuse, CASES), strict=True))
+        (tmp_path / "absent" / f"{package}.py").write_text(UNABLE)
+    path = os.pathsep.join([str(tmp_path / "absent"), str(ROOT / "tests")])
+    done = finish(start(script, tmp_path / "run", arguments.format(checkpoints), PYTHONPATH=path))
+    assert_refused(done, telling)
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"videos"}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_bad_input_is_refused_with_a_sentence(name, refusals):
-    done, folder = refusals[name]
-    if name == "argument out of range":
-        assert done.returncode == 2 and "--expectile must be between 0 and 1, not 2.0" in done.stderr
-    else:
-        assert_refused(done, *CASES[name][1:])
-    # no run is begun, and nothing in a file is executed
-    assert {path.name for path in folder.iterdir()} <= {"videos"}
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_argument_out_of_range_ends_a_run(script, tmp_path):
+    done = finish(start(script, tmp_path, "--expectile 2"))
+    assert done.returncode == 2 and "--expectile must be between 0 and 1, not 2.0" in done.stderr  # tyro frames it
+    assert "Traceback" not in done.stderr
 
 
 def test_a_script_alone_in_a_folder_says_that_nothing_can_be_downloaded(tmp_path):

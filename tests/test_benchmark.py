@@ -139,6 +139,13 @@ class Benchmark:
                 pass
         return found
 
+    def wait_until_gone(self):
+        """A process that was killed may take a moment to end."""
+        deadline = time.time() + 60
+        while left := self.processes():
+            assert time.time() < deadline, left
+            time.sleep(0.05)
+
 
 @pytest.fixture
 def benchmark(tmp_path):
@@ -169,11 +176,11 @@ def test_help_lists_the_variables(benchmark):
     assert "nvidia-cuda-mps-control -d" in text
 
 
-def test_two_tasks_two_seeds(tmp_path):
+def test_two_tasks(tmp_path):
     """The tiny real benchmark with its report; run again, it has nothing to do."""
     keep = {name: value for name, value in os.environ.items() if name not in VARIABLES.split()}
     env = {**keep, "PYTHON": sys.executable, "OUT": str(tmp_path / "out"), "DATASETS": "bundled/{task}/demos-v0"}
-    env |= {"SEEDS": "1 2", "UPDATES": "20", "HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": "", "WORKERS": "2"}
+    env |= {"SEEDS": "3", "UPDATES": "20", "HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": "", "WORKERS": "2"}
     env["EXTRA"] = "--eval-frequency 10 --eval-episodes 1 --final-episodes 2 --max-episodes 5"
     for _ in range(2):
         done = subprocess.run(["bash", BENCHMARK], env=env, cwd=tmp_path, capture_output=True, text=True)
@@ -181,9 +188,8 @@ def test_two_tasks_two_seeds(tmp_path):
         with open(tmp_path / "out" / "results.csv") as file:
             runs = list(csv.DictReader(file))
         assert [(run["environment"], run["data"], run["variant"], run["seed"], run["updates"]) for run in runs] == [
-            (f"AdroitHand{task}-v1", f"bundled/{task.lower()}/demos-v0[:5]", "iql", seed, "20")
+            (f"AdroitHand{task}-v1", f"bundled/{task.lower()}/demos-v0[:5]", "iql", "3", "20")
             for task in ("Hammer", "Pen")
-            for seed in "12"
         ]
         for run in runs:
             (path,) = (tmp_path / "out" / "runs").glob(f"{run['environment']}__iql.*__{run['seed']}__*")
@@ -196,8 +202,8 @@ def test_two_tasks_two_seeds(tmp_path):
             assert run["dataset_episodes"] == "5"
         assert (tmp_path / "out" / "figure.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         assert (tmp_path / "out" / "report.md").read_text() in done.stdout
-    assert "4 finished before" in done.stdout
-    assert len(list((tmp_path / "out" / "runs").iterdir())) == 4
+    assert "2 finished before" in done.stdout
+    assert len(list((tmp_path / "out" / "runs").iterdir())) == 2
 
 
 def test_commands(benchmark):
@@ -242,7 +248,7 @@ def test_stop_and_resume(benchmark, to_group):
     output, errors = process.communicate(timeout=120)
     assert process.returncode == (130 if to_group else 143), output + errors
     assert "stopped with 0 of 3 runs done" in errors
-    assert benchmark.processes() == {}
+    benchmark.wait_until_gone()
     assert len(list(benchmark.out.glob("runs/*"))) == 2  # nothing was started after the signal
     (first,) = benchmark.out.glob("runs/*__1__*")
     for path in benchmark.out.glob("runs/*__2__*/checkpoint.pt"):
@@ -269,7 +275,7 @@ def test_deaf_runs_are_killed(benchmark):
     process.terminate()
     process.communicate(timeout=120)
     assert process.returncode == 143
-    assert benchmark.processes() == {}
+    benchmark.wait_until_gone()
 
 
 def test_stop_while_downloading(benchmark):
@@ -278,7 +284,8 @@ def test_stop_while_downloading(benchmark):
     process.terminate()
     process.communicate(timeout=120)
     assert process.returncode == 143
-    assert benchmark.processes() == {} and not list(benchmark.out.glob("runs/*"))
+    benchmark.wait_until_gone()
+    assert not list(benchmark.out.glob("runs/*"))
 
 
 def test_failed_run(benchmark):

@@ -111,10 +111,11 @@ def test_sigint_before_the_first_update_leaves_no_process(send, tmp_path):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_an_evaluation_process_that_dies_is_reported_with_its_exit_code(tmp_path):
+def test_an_evaluation_process_that_dies_ends_the_run(tmp_path):
     (tmp_path / "die").touch()
     (tmp_path / "runs").mkdir()
-    assert_refused(finish(start("iql_continuous", tmp_path, "")), "An evaluation process died", "-9", "--resume")
+    done = finish(start("iql_continuous", tmp_path, ""))
+    assert done.returncode == 1 and "in evaluate" in done.stderr, done.stderr
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_path):
@@ -127,11 +128,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_p
 def test_a_run_goes_on_with_other_wishes_and_refuses_what_makes_it_another(tmp_path):
     run("iql_continuous", tmp_path, "--total-updates 20")
     done = resume("iql_continuous", tmp_path, "--total-updates 40 --eval-episodes 3")
-    assert done.returncode == 0 and "40 updates" in done.stdout.splitlines()[-1], done.stderr
+    assert done.returncode == 0 and "global_step=40, " in done.stdout.splitlines()[-1], done.stderr
     saved = torch.load(run_dir(tmp_path) / "checkpoint.pt", weights_only=True)
     assert saved["args"]["total_updates"] == 40 and saved["args"]["batch_size"] == 32
     assert [row["episodes"] for row in saved["evaluations"]] == [2, 2, 2, 3, 2]
-    for flags in ("--seed 2", "--max-episodes 1", "--no-normalize-obs", "--reward-scale 2", "--env-id Tiny-v1"):
+    for flags in ("--seed 2", "--no-normalize-obs", "--dataset-id tiny/wide-v0"):
         done = resume("iql_continuous", tmp_path, flags)
         assert_refused(done, "would make another run of", "--" + flags.removeprefix("--no-").strip("-").split()[0])
     assert_refused(resume("iql_continuous", tmp_path, "--total-updates 30"), "--total-updates 30 is less than the 40")
@@ -139,7 +140,8 @@ def test_a_run_goes_on_with_other_wishes_and_refuses_what_makes_it_another(tmp_p
     path = run_dir(tmp_path) / "checkpoint.pt"
     torch.save(saved | {"device": "cuda"}, path)
     assert_refused(resume("iql_continuous", tmp_path), "ran on cuda, not on cpu")
-    torch.save(saved | {"transition_count": 41}, path)
+    saved["measured"]["dataset"]["transitions"] = 41
+    torch.save(saved, path)
     assert_refused(resume("iql_continuous", tmp_path), "has 40 transitions", "began with 41")
     assert_refused(resume("iql_finetune", tmp_path), "is not a run of this script")
     path.write_bytes(path.read_bytes()[:100_000])
@@ -159,7 +161,7 @@ def test_fine_tuning_resumed_online_ends_as_a_straight_run_where_episodes_end_at
     assert (weights, table) == result(tmp_path / "killed")[:2]
     online = [(run_dir(tmp_path / name) / "online.bin").read_bytes() for name in ("straight", "killed")]
     assert online[0] == online[1] and len(online[0]) == 60 * 10 * 4
-    for flag in ("--offline-updates 30", "--learning-starts 20", "--updates-per-step 2"):
+    for flag in ("--offline-updates 30", "--updates-per-step 2"):
         assert_refused(resume("iql_finetune", tmp_path / "killed", flag), flag, "would make another run of")
     assert_refused(resume("iql_finetune", tmp_path / "killed", "--online-steps 30"), "--online-steps 30 ends before")
     (run_dir(tmp_path / "killed") / "online.bin").write_bytes(b"")

@@ -15,10 +15,10 @@ SCRIPT = Path(__file__).parent.parent / "docs" / "report.py"
 spec = importlib.util.spec_from_file_location("report", SCRIPT)
 report = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(report)
-COLUMNS = "global_step,episodes,episodic_return_mean,episodic_return_std,normalized_score,success_rate,wall_seconds"
+COLUMNS = "global_step,episodes,episodic_return,episodic_return_std,normalized_score,success_rate,wall_seconds"
 MEASURED = {
-    "dataset": {"episodes": 25, "std": 1.0, "episodic_return": 3.0, "normalized_score": 55.5},
-    "random": {"episodes": 20, "std": 1.0, "episodic_return": 1.0, "normalized_score": -3.25},
+    "dataset": {"episodes": 25, "episodic_return_std": 1.0, "episodic_return": 3.0, "normalized_score": 55.5},
+    "random": {"episodes": 20, "episodic_return_std": 1.0, "episodic_return": 1.0, "normalized_score": -3.25},
 }
 
 
@@ -37,10 +37,10 @@ def write_run(folder, scores=(1.0, 4.0, 2.0), normalized=True, phases=None, star
     path = folder / f"{args['env_id']}__{args['exp_name']}__{args['seed']}__{started}"
     path.mkdir(parents=True)
     (path / "args.json").write_text(json.dumps({"args": args, **measured}))
-    lines = [COLUMNS + (",phase" if phases else "")]
+    lines = [COLUMNS + (",online_steps" if phases else "")]
     for i, (step, score) in enumerate(zip(steps, scores, strict=True)):
         cells = [step, 20, 10 * score, 1, score, 0.5, 60 * (i + 1)] if normalized else [step, 20, score, 1, "", "", 60]
-        lines.append(",".join(map(str, cells + ([phases[i]] if phases else []))))
+        lines.append(",".join(map(str, cells + ([1000 * (phases[i] == "online")] if phases else []))))
     (path / "evaluations.csv").write_text("\n".join(lines) + "\n")
     return path
 

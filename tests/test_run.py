@@ -11,9 +11,8 @@ import torch
 from conftest import ROOT, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-COMMON = (
-    "--env-id AdroitHandPen-v1 --dataset-id bundled/pen/demos-v0 --eval-episodes 2 --final-episodes 4 --eval-envs 2"
-)
+COMMON = "--env-id AdroitHandPen-v1 --dataset-id bundled/pen/demos-v0 --batch-size 32 "
+COMMON += "--eval-episodes 2 --final-episodes 4 --eval-envs 2"
 OFFLINE, ONLINE = "--total-updates 600", "--offline-updates 300 --online-steps 150 --learning-starts 0"
 RUNS = {
     "straight": ("iql_continuous.py", f"{OFFLINE} --eval-frequency 200"),
@@ -58,7 +57,7 @@ def test_how_often_one_evaluates_changes_no_bit_of_training_and_another_seed_doe
 
 
 def test_evaluations_csv_and_the_best_checkpoint(runs):
-    header = "global_step,episodes,episodic_return_mean,episodic_return_std,normalized_score,success_rate,wall_seconds"
+    header = "global_step,episodes,episodic_return,episodic_return_std,normalized_score,success_rate,wall_seconds"
     assert (runs["straight"][0] / "evaluations.csv").read_text().splitlines()[0] == header
     table = rows(runs["straight"])
     assert [(row["global_step"], row["episodes"]) for row in table] == [
@@ -68,17 +67,17 @@ def test_evaluations_csv_and_the_best_checkpoint(runs):
         ("600", "4"),
     ]
     for row in table:
-        score = 100 * (float(row["episodic_return_mean"]) - 96.262799) / (3076.8331017826877 - 96.262799)
+        score = 100 * (float(row["episodic_return"]) - 96.262799) / (3076.8331017826877 - 96.262799)
         assert float(row["normalized_score"]) == pytest.approx(score)
         assert 0 <= float(row["success_rate"]) <= 1
     best = saved(runs["straight"], "best.pt")
-    returns = [float(row["episodic_return_mean"]) for row in table[:3]]
+    returns = [float(row["episodic_return"]) for row in table[:3]]
     assert best["best_return"] >= max(returns)
     if best["global_step"] < 600:
         assert best["best_return"] == max(returns) == returns[best["global_step"] // 200]
-    assert (runs["finetune"][0] / "evaluations.csv").read_text().splitlines()[0] == header + ",phase"
-    phases = [("0", "offline", "2"), ("150", "offline", "2"), ("300", "offline", "4"), ("450", "online", "4")]
-    assert [(row["global_step"], row["phase"], row["episodes"]) for row in rows(runs["finetune"])] == phases
+    assert (runs["finetune"][0] / "evaluations.csv").read_text().splitlines()[0] == header + ",online_steps"
+    phases = [("0", "0", "2"), ("150", "0", "2"), ("300", "0", "4"), ("450", "150", "4")]
+    assert [(row["global_step"], row["online_steps"], row["episodes"]) for row in rows(runs["finetune"])] == phases
 
 
 @pytest.mark.parametrize("name", ["straight", "finetune"])
@@ -93,7 +92,7 @@ def test_args_json_explains_the_run(runs, name):
 @pytest.mark.parametrize("name", ["straight", "finetune"])
 def test_tensorboard(runs, name):
     events = EventAccumulator(str(runs[name][0]), size_guidance={"scalars": 0, "tensors": 0}).Reload()
-    charts = "episodic_return normalized_score success_rate SPS random_return dataset_return"
+    charts = "episodes episodic_return episodic_return_std normalized_score success_rate SPS"
     losses = "v_loss qf_loss actor_loss qf_values v_values advantages weights clipped_weights"
     tags = {f"charts/{tag}" for tag in charts.split()} | {f"losses/{tag}" for tag in losses.split()}
     if name == "finetune":
@@ -109,11 +108,12 @@ def test_tensorboard(runs, name):
 
 def test_what_is_printed(runs):
     lines = runs["straight"][1].splitlines()
-    assert any(line.startswith("dataset: episodic_return=") for line in lines)
-    assert any(line.startswith("random: episodic_return=") for line in lines)
-    score = float(rows(runs["straight"])[-1]["normalized_score"])
-    assert lines[-1].startswith("final: AdroitHandPen-v1 with bundled/pen/demos-v0, 600 updates, seed 1, 4 episodes: ")
-    assert f"normalized_score={score:.2f}" in lines[-1]
+    assert any(line.startswith("dataset: transitions=2500, episodes=25, episodic_return=") for line in lines)
+    assert any(line.startswith("random: episodes=20, episodic_return=") for line in lines)
+    last = rows(runs["straight"])[-1]
+    start = "final: AdroitHandPen-v1 with bundled/pen/demos-v0, seed 1: global_step=600, episodes=4, "
+    assert lines[-1].startswith(f"{start}episodic_return={round(float(last['episodic_return']), 2)}, ")
+    assert f", normalized_score={round(float(last['normalized_score']), 2)}, " in lines[-1]
     assert any(line.startswith("before fine-tuning: ") for line in runs["finetune"][1].splitlines())
 
 
@@ -123,10 +123,11 @@ def test_a_checkpoint_evaluates_to_the_runs_score_and_starts_fine_tuning(runs, t
     run_script("iql_continuous.py", f"{flags} --total-updates 0 --exp-name evaluated", tmp_path)
     evaluated = (next(tmp_path.glob("runs/*__evaluated__*")), None)
     last = rows(runs["straight"])[-1]
-    assert rows(evaluated)[0]["episodic_return_mean"] == last["episodic_return_mean"]
+    assert rows(evaluated)[0]["episodic_return"] == last["episodic_return"]
     flags += " --dataset-id bundled/pen/demos-v0 --online-steps 110 --learning-starts 100 --exp-name tuned"
     output = run_script("iql_finetune.py", flags, tmp_path)
-    assert f"before fine-tuning: episodic_return={float(last['episodic_return_mean']):.2f}" in output
+    assert "before fine-tuning: global_step=0, episodes=4, " in output
+    assert f" episodic_return={round(float(last['episodic_return']), 2)}, " in output
     (path,) = tmp_path.glob("runs/*__tuned__*")
     assert saved((path, None))["args"]["reward_scale"] == 0.05  # the model's, not this script's default
     # a run begun with a checkpoint resumes without it, and longer
@@ -135,7 +136,7 @@ def test_a_checkpoint_evaluates_to_the_runs_score_and_starts_fine_tuning(runs, t
         output = run_script("iql_finetune.py", f"--resume {path} --online-steps 120", tmp_path)
     finally:
         model.with_suffix(".away").rename(model)
-    assert "0 offline and 120 online updates" in output
+    assert "global_step=120, " in output.splitlines()[-1]
 
 
 @pytest.mark.parametrize("script", ["iql_continuous.py", "iql_finetune.py"])
