@@ -11,6 +11,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+from processes import kill_started
 from tiny_env import write_dataset
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +25,12 @@ def run_script(script, flags, cwd):
     result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    yield
+    kill_started()
 
 
 @pytest.fixture(scope="session", autouse=True)

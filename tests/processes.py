@@ -19,6 +19,9 @@ TINY = "--env-id tiny_env:Tiny-v0 --dataset-id tiny/good-v0 --no-cuda --batch-si
 TINY += "--eval-frequency 10 --eval-episodes 2 --final-episodes 2 --eval-envs 2"
 
 
+started = []  # what no finish() has seen the end of yet
+
+
 def start(script, folder, arguments, tiny=True, **environment):
     """Start a script in `folder`; what follows in `arguments` overrides the tiny run's, if it is to be one."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -26,7 +29,7 @@ def start(script, folder, arguments, tiny=True, **environment):
     flags = [*TINY.split(), *RUN_LENGTHS[path.stem].split()] if tiny else []
     command = [sys.executable, path, *flags, *arguments.split()]
     environment = {"PYTHONPATH": str(ROOT / "tests"), **environment}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command,
         cwd=folder,
         env={**os.environ, **environment},
@@ -35,6 +38,19 @@ def start(script, folder, arguments, tiny=True, **environment):
         text=True,
         start_new_session=True,
     )
+    started.append(process)
+    return process
+
+
+def kill_started():
+    """Leave no process behind, whatever became of a test."""
+    while started:
+        process = started.pop()
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.communicate()
 
 
 def finish(process, timeout=120):
@@ -42,9 +58,9 @@ def finish(process, timeout=120):
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
-        raise AssertionError(f"the script or a process of it still ran after {timeout} s:\n{out}\n{err}") from None
+        raise AssertionError(f"the script or a process of it still ran after {timeout} s") from None
+    if process in started:
+        started.remove(process)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 

@@ -193,10 +193,22 @@ def test_an_environment_that_raises_keeps_its_traceback(tmp_path):
     assert done.returncode != 0 and "ZeroDivisionError: the environment's own mistake" in done.stderr
 
 
-def test_without_cuda_nothing_asks_cuda(tmp_path):
-    text = (ROOT / "iql_continuous.py").read_text()
-    poison = "torch.cuda.is_available = lambda: 1 / 0\ntorch.cuda._lazy_init = lambda: 1 / 0\n\n\n@dataclass"
-    (tmp_path / "iql_continuous.py").write_text(text.replace("\n@dataclass", "\n" + poison, 1))
-    run(tmp_path / "iql_continuous.py", tmp_path, "--total-updates 10")
-    done = finish(start(tmp_path / "iql_continuous.py", tmp_path, "--cuda"))
-    assert "ZeroDivisionError" in done.stderr  # the poison works
+POISON = """
+def poison():
+    assert sys._getframe(1).f_globals is not globals(), "the script asked CUDA"  # PyTorch's optimizers may
+    return False
+
+
+torch.cuda.is_available = poison
+torch.cuda._lazy_init = lambda: 1 / 0
+
+
+@dataclass"""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_without_cuda_nothing_asks_cuda(script, tmp_path):
+    path = tmp_path / f"{script}.py"
+    path.write_text((ROOT / path.name).read_text().replace("\n@dataclass", POISON, 1))
+    run(path, tmp_path, "--total-updates 10" if script == "iql_continuous" else "--online-steps 20")
+    assert "the script asked CUDA" in finish(start(path, tmp_path, "--cuda")).stderr

@@ -84,7 +84,7 @@ def test_kills_at_random_moments_change_no_bit(script, straight, tmp_path):
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["process", "group"])
 def test_a_stop_signal_ends_a_run_with_a_sentence(signum, send, script, straight, tmp_path):
-    """In an evaluation that hangs."""
+    """In an evaluation."""
     if (script == "iql_finetune") != (send is os.killpg and signum == signal.SIGTERM):
         pytest.skip("the second script has the same handler: once is enough")
     folder = tmp_path / "a folder"
@@ -93,20 +93,36 @@ def test_a_stop_signal_ends_a_run_with_a_sentence(signum, send, script, straight
     (folder / "hang").touch()
     wait_until((folder / "hanging").exists, process)
     send(process.pid, signum)
+    (folder / "hang").unlink()  # Python sees a signal that comes just before a blocking read only after it
     done = finish(process)
     assert_refused(done, "Stopped: go on with python ", f"--resume {run_dir(folder).relative_to(folder)}")
     assert done.returncode == 128 + signum
-    (folder / "hang").unlink()
     assert_resumes_as(straight, script, folder)
 
 
-@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["process", "group"])
-def test_sigint_before_the_first_update_leaves_no_process(send, tmp_path):
+@pytest.mark.parametrize(
+    ("script", "signum", "send"),
+    [("iql_continuous", signal.SIGTERM, os.kill), ("iql_finetune", signal.SIGINT, os.killpg)],
+)
+def test_a_stop_signal_while_training_leaves_no_process(script, signum, send, tmp_path):
+    long = {"iql_continuous": "--total-updates 1000000", "iql_finetune": "--offline-updates 0 --online-steps 1000000"}
+    process = start(script, tmp_path, f"{long[script]} --eval-frequency 1000000")
+    wait_until(lambda: any(tmp_path.glob("runs/*/checkpoint.pt")), process)
+    time.sleep(1)  # what is after the checkpoint is training
+    send(process.pid, signum)
+    done = finish(process)
+    assert_refused(done, "Stopped: go on with python ", f"--resume {run_dir(tmp_path).relative_to(tmp_path)}")
+    assert done.returncode == 128 + signum
+
+
+@pytest.mark.parametrize(("signum", "send"), [(signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill)])
+def test_a_stop_signal_before_the_first_update_leaves_no_process(signum, send, tmp_path):
     (tmp_path / "runs").mkdir()  # so that the environment hangs as soon as the random policy is evaluated
     (tmp_path / "hang").touch()
     process = start("iql_continuous", tmp_path, "")
     wait_until((tmp_path / "hanging").exists, process)
-    send(process.pid, signal.SIGINT)
+    send(process.pid, signum)
+    (tmp_path / "hang").unlink()
     assert_refused(finish(process), "Stopped: start it again, there is no checkpoint yet")
     assert list((tmp_path / "runs").iterdir()) == []
 
