@@ -732,13 +732,11 @@ if __name__ == "__main__":
         wandb.init(**names, resume="allow", sync_tensorboard=True, config=vars(args), save_code=True)
     (run_dir / "args.json").write_text(json.dumps({"args": vars(args), **measured}, indent=2))
     writer = SummaryWriter(run_dir, purge_step=first_step if args.resume else None)
-    writer.add_text(
-        "hyperparameters",
-        "|param|value|\n|-|-|\n%s" % ("\n".join([f"|{key}|{value}|" for key, value in vars(args).items()])),
-    )
+    hyperparameters = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{hyperparameters}")
     columns = "global_step episodes episodic_return episodic_return_std normalized_score success_rate wall_seconds"
     columns += " online_steps"
-    evaluations_file = open(run_dir / "evaluations.csv", "w", newline="")
+    evaluations_file = open(run_dir / "evaluations.csv", "w", newline="", buffering=1)  # a row is written at once
     evaluations_table = csv.DictWriter(evaluations_file, columns.split())
     evaluations_table.writeheader()
     evaluations_table.writerows(evaluations)
@@ -819,7 +817,6 @@ if __name__ == "__main__":
             row["online_steps"] = online_steps
             evaluations.append(row)
             evaluations_table.writerow(row)
-            evaluations_file.flush()
             for name, value in summary.items():
                 writer.add_scalar(f"charts/{name}", value, global_step)
             writer.flush()

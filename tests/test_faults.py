@@ -152,6 +152,14 @@ def test_a_run_goes_on_with_other_wishes_and_refuses_what_makes_it_another(tmp_p
         done = resume("iql_continuous", tmp_path, flags)
         assert_refused(done, "would make another run of", "--" + flags.removeprefix("--no-").strip("-").split()[0])
     assert_refused(resume("iql_continuous", tmp_path, "--total-updates 30"), "--total-updates 30 is less than the 40")
+    # no row is lost to a kill before the first new one
+    (tmp_path / "hang").touch()
+    process = start("iql_continuous", tmp_path, f"{resume_arguments(tmp_path)} --total-updates 50", tiny=False)
+    wait_until((tmp_path / "hanging").exists, process)
+    process.kill()
+    (tmp_path / "hang").unlink()
+    finish(process)
+    assert rows_in(tmp_path) == 1 + 5
     # of another device or script, or damaged
     path = run_dir(tmp_path) / "checkpoint.pt"
     torch.save(saved | {"device": "cuda"}, path)
