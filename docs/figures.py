@@ -52,7 +52,7 @@ def draw_returns(paths):
         for (name, (returns, _)), color in zip(both.items(), COLORS, strict=False):
             ax.plot(np.arange(1, 21), returns, "o-", color=color, label=f"{name}, mean {returns.mean():.0f}")
         ax.set(title=env_id, xlabel="episode", ylabel="return")
-        ax.legend(frameon=False, fontsize=8)
+        ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
         ax.grid(alpha=0.3)
     figure.savefig(DOCS / "returns.png")
 
@@ -87,11 +87,18 @@ def draw_tau():
             ax.plot(*zip(Maze.CELLS[a], Maze.CELLS[b], strict=True), color="lightgray", linewidth=14, zorder=0)
         with torch.no_grad():
             cells = torch.tensor(list(Maze.CELLS.values()), dtype=torch.float32)
-            values = agent.vf(cells).clamp(0, 1)
+            values = [Maze.ENDS.get(name, v.item()) for name, v in zip(Maze.CELLS, agent.vf(cells), strict=True)]
         points = ax.scatter(*cells.T, c=values, cmap="viridis", vmin=0, vmax=1, s=700, zorder=2)
         for (name, xy), value in zip(Maze.CELLS.items(), values, strict=True):
             prize = f"prize {Maze.ENDS[name]:g}" if name in Maze.ENDS else f"V {value:.2f}"
-            ax.annotate(f"{name}, {prize}", xy, (0, 21), textcoords="offset points", ha="center", fontsize=8)
+            ax.annotate(
+                f"{name}, {prize}",
+                xy,
+                (0, 21 if xy[1] > 0 else -27),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+            )
         obs, done, path = env.reset()[0], False, [Maze.CELLS["S"]]
         while not done and len(path) < 8:
             obs, _, done, _, _ = env.step(agent.actor.act(obs[None])[0])
@@ -99,7 +106,7 @@ def draw_tau():
         for start, end in zip(path, path[1:], strict=False):
             arrow = {"arrowstyle": "-|>", "color": COLORS[1], "linewidth": 2.5}
             ax.annotate("", end, start, arrowprops=arrow, zorder=3)
-        ax.set(title=f"tau {expectile}: V, greedy path", xlim=(-1.6, 1.6), ylim=(-1.5, 1.7))
+        ax.set(title=f"tau {expectile}: V, greedy path", xlim=(-1.6, 1.6), ylim=(-1.8, 1.8))
         ax.set_xticks([])
         ax.set_yticks([])
     figure.colorbar(points, ax=axes[2], label="V")
