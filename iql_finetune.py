@@ -20,16 +20,17 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import re
 import shlex
 import signal
 import sys
 import time
-import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Optional
+from zipfile import BadZipFile, ZipFile
 
 import gymnasium as gym
 import minari
@@ -565,11 +566,11 @@ def save(state, path):
 def load(path):
     """Read a checkpoint without executing anything in it. Exits with a sentence if it cannot be used."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+        with ZipFile(path) as archive:  # torch.load does not look at the checksums
             if archive.testzip():
-                raise zipfile.BadZipFile("a checksum is wrong")
+                raise BadZipFile("a checksum is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, BadZipFile, zlib.error, UnpicklingError) as error:
         sys.exit(f"{path} cannot be loaded ({type(error).__name__}): use a checkpoint.pt or best.pt of these scripts.")
     if not isinstance(saved, dict) or not {"args", "agent", "reference"} <= saved.keys():
         sys.exit(f"{path} is not a checkpoint of these scripts, or of an older version.")

@@ -112,6 +112,9 @@ def checkpoints(tmp_path_factory):
     data = bytearray(good.read_bytes())
     data[len(data) // 2] ^= 1  # within the weights
     (folder / "flipped.pt").write_bytes(data)
+    data = bytearray(good.read_bytes())
+    data[data.index(b"PK\x01\x02") + 10] ^= 8  # says that a part is compressed, which none is
+    (folder / "method.pt").write_bytes(data)
     torch.save({"weights": torch.zeros(3)}, folder / "foreign.pt")
     torch.save(torch.load(good, weights_only=True) | {"agent": Hostile()}, folder / "hostile.pt")
     (folder / "pickle.pt").write_bytes(pickle.dumps(Hostile()))
@@ -124,6 +127,7 @@ def checkpoints(tmp_path_factory):
         ("nowhere", r"nowhere\.pt cannot be loaded \(FileNotFoundError\)"),
         ("truncated", r"truncated\.pt cannot be loaded \(BadZipFile\)"),
         ("flipped", r"flipped\.pt cannot be loaded \(BadZipFile\)"),
+        ("method", r"method\.pt cannot be loaded \(error\)"),
         ("foreign", r"foreign\.pt is not a checkpoint"),
         ("hostile", r"hostile\.pt cannot be loaded \(UnpicklingError\)"),
         ("pickle", r"pickle\.pt cannot be loaded \(BadZipFile\)"),
