@@ -41,10 +41,10 @@ HEAD = "environment|data|variant|updates|runs|unit|final|final IQM|best|best IQM
 HEAD += "IQL in CORL|IQL's paper"
 NOTES = """
 Scores are normalized as in D4RL: 0 is its random policy, 100 its expert. Where an environment has no such reference
-they are plain returns (see unit). Final is the last evaluation, best the best of a run. ± is the standard deviation
-over seeds (divisor n). IQM is the mean of the middle half of the runs, with the 95% interval of 10,000 stratified
-bootstrap samples of the runs (Agarwal et al. 2021). Minutes are a run's wall time. a+b updates are a offline and those
-of b online steps.
+they are plain returns (see unit). Final is the last evaluation, best the best of a run. The last one has more episodes
+than the others, so a curve may bend at its end. ± is the standard deviation over seeds (divisor n). IQM is the mean of
+the middle half of the runs, with the 95% interval of 10,000 stratified bootstrap samples of the runs (Agarwal et al.
+2021). Minutes are a run's wall time. a+b updates are a offline and those of b online steps.
 
 Data are the Minari ids that the runs read, with the number and the mean score of the episodes found there; [:n] means
 the first n episodes. Published numbers stand only beside published sets and as many updates: CORL's final, best (v1
