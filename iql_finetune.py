@@ -652,7 +652,7 @@ if __name__ == "__main__":
     torch.utils.deterministic.fill_uninitialized_memory = False  # would write every new tensor twice
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if saved and args.resume and saved["device"] != device.type:
+    if args.resume and saved["device"] != device.type:
         sys.exit(f"{run_dir} ran on {saved['device']}, not on {device.type}: resume it where its random numbers are.")
     if device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream())  # a CUDA graph cannot be captured on the default stream
