@@ -108,7 +108,7 @@ class Args:
     actor_dropout: float = 0.1
     """dropout rate of the actor's hidden layers"""
     normalize_obs: bool = True
-    """if toggled, observations are standardized with the dataset's mean and standard deviation"""
+    """if toggled, observations are standardized with the dataset's mean and deviation; a checkpoint keeps its own"""
     reward_scale: Optional[float] = None
     """factor on the rewards that are learned from (default: the checkpoint's, else 0.05 for Adroit, 1 elsewhere)"""
     eval_frequency: int = 5000
@@ -150,8 +150,8 @@ EVAL_SEED = 1_000_000
 
 def adroit_task(env_id):
     """The Adroit task that `env_id` stands for; None for other environments and for sparse rewards."""
-    match = re.fullmatch(r"AdroitHand(Pen|Hammer|Door|Relocate)(Dense)?-v\d+", env_id)
-    return match and match[1].lower()
+    match = re.fullmatch(r"(.*:)?AdroitHand(Pen|Hammer|Door|Relocate)(Dense)?(-v\d+)?", env_id)
+    return match and match[2].lower()
 
 
 class D4RLRules(gym.Wrapper):
@@ -163,7 +163,7 @@ class D4RLRules(gym.Wrapper):
         if task == "pen":
             terminated = terminated or bool(obs[26] < 0.075)  # a dropped pen ends the episode
         else:
-            # a hand that is far from the object pays 0.1 a meter, here it earns them
+            # D4RL takes 0.1 a meter between hand and object, gymnasium-robotics gives it
             reach = {"hammer": obs[33:36] - obs[36:39], "door": obs[35:38], "relocate": obs[30:33]}[task]
             reward -= 0.2 * np.linalg.norm(reach)
         return obs, reward, terminated, truncated, info
@@ -199,7 +199,7 @@ def make_env(env_id, render_mode=None):
         task = adroit_task(env_id)
         kwargs = {"render_mode": render_mode} if render_mode else {}
         env = gym.make(env_id, max_episode_steps=ADROIT[task][0] if task else None, **kwargs)
-        if task and env_id.endswith("-v1"):
+        if task and env.spec.id.endswith("-v1"):
             env = D4RLRules(env)
         return ScaledActions(gym.wrappers.FlattenObservation(env))
 
@@ -253,7 +253,7 @@ def evaluate(envs, policy, episodes):
             episodic_return += np.where(running, rewards, 0.0)
             if "success" in infos:
                 reports_success = True
-                success |= running & np.asarray(infos["success"], dtype=bool)
+                success |= running & np.asarray(infos["success"], dtype=bool).reshape(envs.num_envs, -1).any(1)
             running &= ~(terminations | truncations)
         returns, successes = np.append(returns, episodic_return), np.append(successes, success)
     return returns[:episodes], successes[:episodes] if reports_success else None
@@ -285,6 +285,8 @@ def load_dataset(env_id, dataset_id=None):
     if dataset_id is None and task is None:
         sys.exit(f"{env_id} has no default dataset: name one with --dataset-id (`minari list remote` lists them).")
     wanted, bundled = dataset_id or f"D4RL/{task}/expert-v2", Path(__file__).resolve().parent / "tests" / "datasets"
+    if not re.search(r"-v\d+$", wanted):
+        sys.exit(f"{wanted} is not the id of a dataset, which ends in a version such as -v2.")
     path = bundled / wanted
     if not path.exists():
         try:
@@ -303,7 +305,7 @@ def load_dataset(env_id, dataset_id=None):
             sys.exit(
                 f"{wanted} is of Minari {metadata['minari_version']}, which Minari {minari.__version__} cannot read."
             )
-        # without them Minari would make the environment that the metadata name, and run whatever that is
+        # a KeyError where they are missing: Minari would make the environment named there, which may run foreign code
         metadata["observation_space"], metadata["action_space"]
         dataset = minari.MinariDataset(path / "data")
     except ImportError as error:
@@ -334,11 +336,12 @@ def load_transitions(dataset, observation_space, action_space, horizon, max_epis
     obs_dim, act_dim = gym.spaces.flatdim(observation_space), math.prod(action_space.shape)
     low, high = (bound.astype(np.float64).flatten() for bound in (action_space.low, action_space.high))
     total = min(dataset.total_episodes, max_episodes or dataset.total_episodes)
-    steps, outside, episodic_returns, rows = 0, 0, [], int(dataset.total_steps)
-    transitions = {"observations": np.empty((rows, obs_dim)), "actions": np.empty((rows, act_dim), np.float32)}
-    transitions |= {"rewards": np.empty(rows, np.float32), "next_observations": np.empty((rows, obs_dim))}
-    transitions |= {"terminations": np.empty(rows, np.float32)}
+    steps, outside, episodic_returns = 0, 0, []
     try:
+        rows = sum(metadata["total_steps"] for metadata in dataset.storage.get_episode_metadata(range(total)))
+        transitions = {"observations": np.empty((rows, obs_dim)), "actions": np.empty((rows, act_dim), np.float32)}
+        transitions |= {"rewards": np.empty(rows, np.float32), "next_observations": np.empty((rows, obs_dim))}
+        transitions |= {"terminations": np.empty(rows, np.float32)}
         for episode in tqdm(dataset.iterate_episodes(range(total)), "reading", total, unit=" episodes", disable=None):
             T, observations = len(episode.rewards), episode.observations
             # Minari sorts the parts of a Dict, gymnasium flattens them in the environment's order
@@ -511,7 +514,7 @@ def update(agent, optimizers, data, args):
 def capture(step):
     """A function that does what `step()` does, on a GPU, as one CUDA graph: all its kernels are launched at once.
 
-    Its first three calls are `step` itself, for a capture wants loaded libraries and optimizers with a state
+    Its first three calls are `step` itself: at a capture libraries must be loaded and optimizers have a state
     (https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture). `step` may not look at values on the
     device, and takes what changes from tensors. From the fourth on, all calls return the same tensors.
     The current stream must not be the default one. Exits with a sentence if `step` cannot be captured.
@@ -527,7 +530,7 @@ def capture(step):
             try:
                 with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):  # records and runs nothing
                     result = step()
-            except RuntimeError as error:  # the end of a broken capture fails too, what broke it is the context
+            except RuntimeError as error:  # leaving a broken capture raises too: what broke it is the context
                 sys.exit(f"The update cannot be captured, use --no-cudagraphs: {error.__context__ or error}")
         graph.replay()
         return result
@@ -583,12 +586,14 @@ if __name__ == "__main__":
         if saved["args"].keys() != vars(args).keys():
             sys.exit(f"{run_dir} is not a run of this script or this version: resume it with the one that began it.")
         args = tyro.cli(Args, default=Args(**saved["args"]))
-        for name in ("env_id", "dataset_id", "max_episodes", "seed", "normalize_obs", "reward_scale"):
+        for name in ("env_id", "dataset_id", "max_episodes", "seed", "normalize_obs", "reward_scale", "checkpoint"):
             if getattr(args, name) != saved["args"][name]:
                 flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
                 sys.exit(f"{flag} would make another run of {run_dir}: leave it out, or begin a new run.")
-        if args.total_updates < saved["global_step"]:
-            sys.exit(f"--total-updates {args.total_updates} is less than the {saved['global_step']} of {run_dir}.")
+        if args.total_updates != saved["args"]["total_updates"] and args.total_updates <= saved["global_step"]:
+            sys.exit(f"--total-updates {args.total_updates} is not more than the {saved['global_step']} of {run_dir}.")
+        if args.total_updates > 0 and not saved["measured"]:
+            sys.exit(f"{run_dir} only evaluated {args.checkpoint}: begin a new run with that --checkpoint.")
     elif args.checkpoint:
         saved = load(args.checkpoint)
         if saved["args"]["env_id"] != args.env_id:
@@ -636,11 +641,10 @@ if __name__ == "__main__":
     # data, and what is known of it and of a random policy before training
     agent = Agent(obs_dim, act_dim)
     reference = ADROIT[task][1:] if task else saved and saved["reference"]
-    default_scale = 0.05 if task else 1.0
     if saved:
         agent.load_state_dict(saved["agent"])
-        default_scale = saved["args"]["reward_scale"]
-    args.reward_scale = args.reward_scale or default_scale
+        args.normalize_obs = saved["args"]["normalize_obs"]  # the model has its own mean and deviation
+    args.reward_scale = args.reward_scale or (saved["args"]["reward_scale"] if saved else 0.05 if task else 1.0)
     measured = saved["measured"] if args.resume else {}
     transitions, transition_count = {}, 0
     if args.total_updates > 0 or not saved:
@@ -689,6 +693,8 @@ if __name__ == "__main__":
 
     # logging
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+    if args.resume:  # what was wished holds for the next --resume too
+        save({**saved, "args": vars(args)}, run_dir / "checkpoint.pt")
     if args.track:
         names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_name, "id": run_name}
         wandb.init(**names, resume="allow", sync_tensorboard=True, config=vars(args), save_code=True)
@@ -752,7 +758,7 @@ if __name__ == "__main__":
             sys.stdout.flush()
 
             mean = returns[: args.eval_episodes].mean().item()  # on the start states that all evaluations share
-            improved, best_return = mean > best_return, max(mean, best_return)
+            improved, best_return = mean > best_return, max(best_return, mean)
             state = {
                 "args": vars(args),
                 "device": device.type,

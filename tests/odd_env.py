@@ -38,7 +38,8 @@ class Point(gym.Env):
         self.action, self.steps = action, self.steps + 1
         ended = self.odd and self.steps == 5
         reward = np.array([self.steps], np.float32) if self.array_reward else float(self.steps)
-        return self.observe(), reward, ended, False, {"success": True} if ended else {}
+        success = np.array([True]) if self.array_reward else True
+        return self.observe(), reward, ended, False, {"success": success} if ended else {}
 
 
 class Parts(gym.Env):

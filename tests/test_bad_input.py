@@ -74,6 +74,7 @@ def damaged_datasets(minari_root):
     ("dataset_id", "sentence"),
     [
         (None, "tiny_env:Tiny-v0 has no default dataset: name one with --dataset-id"),
+        ("tiny", "tiny is not the id of a dataset, which ends in a version"),
         ("tiny/nowhere-v0", "tiny/nowhere-v0 could not be downloaded.*check the network"),
         ("tiny/wide-v0", r"tiny/wide-v0 is not for this environment: its observation_space is Box.*\(4,\)"),
         ("tiny/discrete-v0", r"tiny/discrete-v0.*action_space is Discrete\(3\)"),

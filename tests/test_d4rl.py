@@ -40,7 +40,9 @@ def wraps_rules(env):
 
 @pytest.mark.parametrize("task", ["Pen", "Hammer", "Door", "Relocate"])
 def test_only_the_dense_v1_tasks_get_the_rules(task, monkeypatch):
-    assert wraps_rules(iql.make_env(f"AdroitHand{task}-v1")())
+    for env_id in (f"AdroitHand{task}-v1", f"AdroitHand{task}", f"gymnasium_robotics:AdroitHand{task}-v1"):
+        assert wraps_rules(env := iql.make_env(env_id)())
+        assert env.spec.max_episode_steps == (100 if task == "Pen" else 200)
     assert not wraps_rules(iql.make_env(f"AdroitHand{task}Sparse-v1")())
     future = gym.make(f"AdroitHand{task}-v1", max_episode_steps=7)
     monkeypatch.setattr(gym, "make", lambda *_, **__: future)

@@ -151,7 +151,8 @@ def test_a_run_goes_on_with_other_wishes_and_refuses_what_makes_it_another(tmp_p
     for flags in ("--seed 2", "--no-normalize-obs", "--dataset-id tiny/wide-v0"):
         done = resume("iql_continuous", tmp_path, flags)
         assert_refused(done, "would make another run of", "--" + flags.removeprefix("--no-").strip("-").split()[0])
-    assert_refused(resume("iql_continuous", tmp_path, "--total-updates 30"), "--total-updates 30 is less than the 40")
+    refused = resume("iql_continuous", tmp_path, "--total-updates 30")
+    assert_refused(refused, "--total-updates 30 is not more than the 40")
     # no row is lost to a kill before the first new one
     (tmp_path / "hang").touch()
     process = start("iql_continuous", tmp_path, f"{resume_arguments(tmp_path)} --total-updates 50", tiny=False)
@@ -160,6 +161,8 @@ def test_a_run_goes_on_with_other_wishes_and_refuses_what_makes_it_another(tmp_p
     (tmp_path / "hang").unlink()
     finish(process)
     assert rows_in(tmp_path) == 1 + 5
+    # and the new wish holds
+    assert "global_step=50, " in resume("iql_continuous", tmp_path).stdout.splitlines()[-1]
     # of another device or script, or damaged
     path = run_dir(tmp_path) / "checkpoint.pt"
     torch.save(saved | {"device": "cuda"}, path)
@@ -170,6 +173,25 @@ def test_a_run_goes_on_with_other_wishes_and_refuses_what_makes_it_another(tmp_p
     assert_refused(resume("iql_finetune", tmp_path), "is not a run of this script")
     path.write_bytes(path.read_bytes()[:100_000])
     assert_refused(resume("iql_continuous", tmp_path), "checkpoint.pt cannot be loaded")
+
+
+def test_an_evaluation_of_a_checkpoint_is_not_resumed_with_updates(tmp_path):
+    run("iql_continuous", tmp_path / "first", "--total-updates 10")
+    run("iql_continuous", tmp_path, f"--checkpoint {run_dir(tmp_path / 'first')}/best.pt --total-updates 0")
+    assert_refused(resume("iql_continuous", tmp_path, "--total-updates 20"), "begin a new run with that --checkpoint")
+
+
+def test_collected_steps_are_not_given_up_on_resuming(tmp_path):
+    """More of them than updates: --online-steps may not end before them, nor --offline-updates before its updates."""
+    flags = "--offline-updates 20 --online-steps 60 --learning-starts 40"
+    process = start("iql_finetune", tmp_path, flags)
+    wait_until(lambda: rows_in(tmp_path) >= 1 + 5, process)
+    (tmp_path / "hang").touch()
+    process.kill()
+    (tmp_path / "hang").unlink()
+    finish(process)
+    assert 30 <= torch.load(run_dir(tmp_path) / "checkpoint.pt", weights_only=True)["global_step"] < 80
+    assert_refused(resume("iql_finetune", tmp_path, "--online-steps 39"), "--online-steps 39 is not more than")
 
 
 def test_fine_tuning_resumed_online_ends_as_a_straight_run_where_episodes_end_at_checkpoints(tmp_path):
@@ -185,9 +207,10 @@ def test_fine_tuning_resumed_online_ends_as_a_straight_run_where_episodes_end_at
     assert (weights, table) == result(tmp_path / "killed")[:2]
     online = [(run_dir(tmp_path / name) / "online.bin").read_bytes() for name in ("straight", "killed")]
     assert online[0] == online[1] and len(online[0]) == 60 * 10 * 4
-    for flag in ("--offline-updates 30", "--updates-per-step 2"):
+    for flag in ("--offline-updates 30", "--updates-per-step 2", "--checkpoint none.pt"):
         assert_refused(resume("iql_finetune", tmp_path / "killed", flag), flag, "would make another run of")
-    assert_refused(resume("iql_finetune", tmp_path / "killed", "--online-steps 30"), "--online-steps 30 ends before")
+    refused = resume("iql_finetune", tmp_path / "killed", "--online-steps 30")
+    assert_refused(refused, "--online-steps 30 is not more than")
     (run_dir(tmp_path / "killed") / "online.bin").write_bytes(b"")
     assert_refused(resume("iql_finetune", tmp_path / "killed"), "online.bin lacks transitions")
 
