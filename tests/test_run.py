@@ -17,7 +17,6 @@ OFFLINE, ONLINE = "--total-updates 600", "--offline-updates 300 --online-steps 1
 RUNS = {
     "straight": ("iql_continuous.py", f"{OFFLINE} --eval-frequency 200"),
     "seldom": ("iql_continuous.py", f"{OFFLINE} --eval-frequency 600"),
-    "other_seed": ("iql_continuous.py", f"{OFFLINE} --eval-frequency 600 --seed 2"),
     "finetune": ("iql_finetune.py", f"{ONLINE} --eval-frequency 150"),
     "finetune_seldom": ("iql_finetune.py", f"{ONLINE} --eval-frequency 600"),
 }
@@ -50,10 +49,9 @@ def equal_bits(a, b):
     return all(torch.equal(a["agent"][name], b["agent"][name]) for name in a["agent"])
 
 
-def test_how_often_one_evaluates_changes_no_bit_of_training_and_another_seed_does(runs):
+def test_how_often_one_evaluates_changes_no_bit_of_training(runs):
     assert equal_bits(saved(runs["straight"]), saved(runs["seldom"]))
     assert equal_bits(saved(runs["finetune"]), saved(runs["finetune_seldom"]))
-    assert not equal_bits(saved(runs["straight"]), saved(runs["other_seed"]))
 
 
 def test_evaluations_csv_and_the_best_checkpoint(runs):
