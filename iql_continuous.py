@@ -789,4 +789,5 @@ if __name__ == "__main__":
     envs.close()
     evaluations_file.close()
     writer.close()
-    print(f"final: {args.env_id} with {args.dataset_id}, seed {args.seed}: {describe(evaluations[-1])}")
+    run = f"{args.env_id} with {args.dataset_id}, {args.total_updates} updates, seed {args.seed}"
+    print(f"final: {run}: {describe(evaluations[-1])}")

@@ -879,4 +879,5 @@ if __name__ == "__main__":
     if "success_rate" in evaluations[-1] and online_successes:
         regret = 1 - np.mean(online_successes)
         print(f"regret (1 - success over the {len(online_successes)} online episodes): {regret:.3f}")
-    print(f"final: {args.env_id} with {args.dataset_id}, seed {args.seed}: {describe(evaluations[-1])}")
+    run = f"{args.env_id} with {args.dataset_id}, {total_updates} updates, seed {args.seed}"
+    print(f"final: {run}: {describe(evaluations[-1])}")

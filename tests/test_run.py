@@ -109,7 +109,7 @@ def test_what_is_printed(runs):
     assert any(line.startswith("dataset: transitions=2500, episodes=25, episodic_return=") for line in lines)
     assert any(line.startswith("random: episodes=20, episodic_return=") for line in lines)
     last = rows(runs["straight"])[-1]
-    start = "final: AdroitHandPen-v1 with bundled/pen/demos-v0, seed 1: global_step=600, episodes=4, "
+    start = "final: AdroitHandPen-v1 with bundled/pen/demos-v0, 600 updates, seed 1: global_step=600, episodes=4, "
     assert lines[-1].startswith(f"{start}episodic_return={round(float(last['episodic_return']), 2)}, ")
     assert f", normalized_score={round(float(last['normalized_score']), 2)}, " in lines[-1]
     assert any(line.startswith("before fine-tuning: ") for line in runs["finetune"][1].splitlines())
