@@ -178,10 +178,13 @@ def make_table(groups, unfinished):
 
 
 def draw(groups, path):
-    """Learning curves: a row of panels for each environment, a panel for each of its datasets."""
+    """Learning curves, if there are any: a row of panels for each environment, a panel for each of its datasets."""
     panels, legend, colors = {}, {}, {}
     for (environment, data, variant, updates, unit), runs in groups.items():
-        panels.setdefault(environment, {}).setdefault((data, unit), {})[f"{variant}, {updates} updates"] = runs
+        if runs := [run for run in runs if "curve" in run]:
+            panels.setdefault(environment, {}).setdefault((data, unit), {})[f"{variant}, {updates} updates"] = runs
+    if not panels:
+        return
     columns = max(map(len, panels.values()))
     size = (max(6, 1 + 3.5 * columns), 1 + 2.7 * len(panels))
     figure, axes = plt.subplots(len(panels), columns, figsize=size, squeeze=False, layout="constrained", dpi=150)
@@ -191,10 +194,10 @@ def draw(groups, path):
         for ax, ((data, unit), variants) in zip(row, datasets.items(), strict=False):
             for name, runs in variants.items():
                 color = colors.setdefault(name, COLORS[len(colors) % len(COLORS)])
-                if curves := [run["curve"] for run in runs if "curve" in run]:
-                    steps, scores = curves[0][0], np.array([np.interp(curves[0][0], *curve) for curve in curves])
-                    ax.fill_between(steps, scores.min(0), scores.max(0), color=color, alpha=0.2, linewidth=0)
-                    (legend[f"{name}, mean and range of the seeds"],) = ax.plot(steps, scores.mean(0), color=color)
+                steps = runs[0]["curve"][0]
+                scores = np.array([np.interp(steps, *run["curve"]) for run in runs])
+                ax.fill_between(steps, scores.min(0), scores.max(0), color=color, alpha=0.2, linewidth=0)
+                (legend[f"{name}, mean and range of the seeds"],) = ax.plot(steps, scores.mean(0), color=color)
             legend["mean of the dataset"] = ax.axhline(runs[0]["dataset_score"], color="black", linestyle="--")
             legend["random policy"] = ax.axhline(runs[0]["random_score"], color="gray", linestyle=":")
             ax.set(title=f"{environment}\n{data}", xlabel="updates")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 SCRIPT = Path(__file__).parent.parent / "docs" / "report.py"
 spec = importlib.util.spec_from_file_location("report", SCRIPT)
@@ -171,20 +172,24 @@ def test_unfinished_and_repeated_runs(tmp_path, monkeypatch):
 
 
 def test_merge(tmp_path, monkeypatch):
-    """The folder's runs go before those of the earlier file; merged again, nothing changes."""
+    """The folder's runs go before those of the earlier file and alone are drawn; merged again, nothing changes."""
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, _: drawn.append([ax.get_title() for ax in figure.axes]))
     for seed, score in ((1, 10.0), (2, 20.0)):
         write_run(tmp_path / "old", (0, 5.0, score), seed=seed)
+    write_run(tmp_path / "old", dataset_id="D4RL/pen/cloned-v2", started=200)
     report.main(tmp_path / "old")
     write_run(tmp_path / "new", (0, 5.0, 26.0), seed=2)
     write_run(tmp_path / "new", (0, 5.0, 33.0), seed=3)
     report.main(tmp_path / "new", merge=tmp_path / "old" / "results.csv")
-    rows = results(tmp_path / "new")
-    assert [(row["seed"], float(row["final"])) for row in rows] == [("1", 10.0), ("2", 26.0), ("3", 33.0)]
+    rows = [(row["seed"], float(row["final"])) for row in results(tmp_path / "new")]
+    assert rows == [("1", 2.0), ("1", 10.0), ("2", 26.0), ("3", 33.0)]
     assert table(tmp_path / "new")[PEN]["final"].split()[0] == "23.0"
     (tmp_path / "none").mkdir()
-    report.main(tmp_path / "none", merge=tmp_path / "new" / "results.csv")  # without any curve
+    report.main(tmp_path / "none", merge=tmp_path / "new" / "results.csv")
     for name in ("results.csv", "report.md"):
         assert (tmp_path / "none" / name).read_text() == (tmp_path / "new" / name).read_text()
+    assert [len(titles) for titles in drawn] == [2, 1]
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(SystemExit, match="other.csv is no results.csv of this report"):
         report.main(tmp_path / "new", merge=tmp_path / "other.csv")
