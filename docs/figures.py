@@ -114,7 +114,7 @@ def draw_tau():
 
 
 def draw_animation(path):
-    """One episode of a policy, every fifth frame."""
+    """The first 100 steps of an episode of a policy, every third frame."""
     env_id, policy = load_policy(path)
     env, frames, done = iql.make_env(env_id, render_mode="rgb_array")(), [], False
     obs, _ = env.reset(seed=iql.EVAL_SEED)
