@@ -147,6 +147,7 @@ UNABLE = "raise ModuleNotFoundError('No module named %r' % __name__)"
 @pytest.mark.parametrize(
     ("script", "arguments", "telling"),
     [
+        ("iql_continuous", "--env-id tiny_env:ZeroWidth-v0", "range of 0.0"),
         ("iql_finetune", "--dataset-id tiny/nan-v0", "holds NaN"),
         ("iql_continuous", "--checkpoint {}/flipped.pt", "flipped.pt cannot be loaded"),
         ("iql_finetune", "--checkpoint {}/good.pt --env-id tiny_env:Wide-v0", "good.pt is of tiny_env:Tiny-v0, not of"),
@@ -180,9 +181,8 @@ def test_a_script_alone_in_a_folder_says_that_nothing_can_be_downloaded(tmp_path
     assert script and assert_refused(done, "D4RL/door/expert-v2 could not be downloaded", "check the network") is None
 
 
-@pytest.mark.parametrize(
-    ("script", "place"), [("iql_continuous", "def load_transitions("), ("iql_finetune", "def update(")]
-)
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("place", ["def load_transitions(", "def update("])
 def test_a_researchers_own_mistake_keeps_its_traceback(script, place, tmp_path):
     text = (ROOT / f"{script}.py").read_text()
     begin = text.index('"""\n', text.index('"""', text.index(place)) + 3) + 4

@@ -68,7 +68,7 @@ def test_kills_at_random_moments_change_no_bit(script, straight, tmp_path):
     rng = random.Random(0)
     process = start(script, tmp_path, LENGTH[script])
     wait_until(lambda: any(tmp_path.glob("runs/*/checkpoint.pt")), process)
-    for _ in range(2):
+    for _ in range(3):
         time.sleep(rng.uniform(0, 0.1))
         process.kill()
         # waits for the evaluation's processes too: none of them is left behind
@@ -81,9 +81,10 @@ def test_kills_at_random_moments_change_no_bit(script, straight, tmp_path):
     assert_resumes_as(straight, script, tmp_path)
 
 
-def test_a_stop_signal_ends_a_run_with_a_sentence(script, straight, tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["process", "group"])
+def test_a_stop_signal_ends_a_run_with_a_sentence(signum, send, script, straight, tmp_path):
     """In an evaluation."""
-    signum, send = (signal.SIGINT, os.kill) if script == "iql_continuous" else (signal.SIGTERM, os.killpg)
     folder = tmp_path / "a folder"
     process = start(script, folder, LENGTH[script])
     wait_until(lambda: any(folder.glob("runs/*/checkpoint.pt")), process)
@@ -97,10 +98,8 @@ def test_a_stop_signal_ends_a_run_with_a_sentence(script, straight, tmp_path):
     assert_resumes_as(straight, script, folder)
 
 
-@pytest.mark.parametrize(
-    ("script", "signum", "send"),
-    [("iql_continuous", signal.SIGTERM, os.kill), ("iql_finetune", signal.SIGINT, os.killpg)],
-)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["process", "group"])
 def test_a_stop_signal_while_training_leaves_no_process(script, signum, send, tmp_path):
     long = {"iql_continuous": "--total-updates 1000000", "iql_finetune": "--offline-updates 0 --online-steps 1000000"}
     process = start(script, tmp_path, f"{long[script]} --eval-frequency 1000000")
@@ -112,11 +111,12 @@ def test_a_stop_signal_while_training_leaves_no_process(script, signum, send, tm
     assert done.returncode == 128 + signum
 
 
-@pytest.mark.parametrize(("signum", "send"), [(signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill)])
-def test_a_stop_signal_before_the_first_update_leaves_no_process(signum, send, tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["process", "group"])
+def test_a_stop_signal_before_the_first_update_leaves_no_process(signum, send, script, tmp_path):
     (tmp_path / "runs").mkdir()  # so that the environment hangs as soon as the random policy is evaluated
     (tmp_path / "hang").touch()
-    process = start("iql_continuous", tmp_path, "")
+    process = start(script, tmp_path, "")
     wait_until((tmp_path / "hanging").exists, process)
     send(process.pid, signum)
     (tmp_path / "hang").unlink()
@@ -145,7 +145,7 @@ def test_a_run_goes_on_with_other_wishes_and_refuses_what_makes_it_another(tmp_p
     saved = torch.load(run_dir(tmp_path) / "checkpoint.pt", weights_only=True)
     assert saved["args"]["total_updates"] == 40 and saved["args"]["batch_size"] == 32
     assert [row["episodes"] for row in saved["evaluations"]] == [2, 2, 2, 3, 2]
-    for flags in ("--seed 2", "--no-normalize-obs"):
+    for flags in ("--seed 2", "--no-normalize-obs", "--dataset-id tiny/wide-v0"):
         done = resume("iql_continuous", tmp_path, flags)
         assert_refused(done, "would make another run of", "--" + flags.removeprefix("--no-").strip("-").split()[0])
     refused = resume("iql_continuous", tmp_path, "--total-updates 30")
@@ -168,6 +168,8 @@ def test_a_run_goes_on_with_other_wishes_and_refuses_what_makes_it_another(tmp_p
     torch.save(saved, path)
     assert_refused(resume("iql_continuous", tmp_path), "has 40 transitions", "began with 41")
     assert_refused(resume("iql_finetune", tmp_path), "is not a run of this script")
+    path.write_bytes(path.read_bytes()[:100_000])
+    assert_refused(resume("iql_continuous", tmp_path), "checkpoint.pt cannot be loaded")
 
 
 def test_an_evaluation_of_a_checkpoint_is_not_resumed_with_updates(tmp_path):
@@ -202,7 +204,7 @@ def test_fine_tuning_resumed_online_ends_as_a_straight_run_where_episodes_end_at
     assert (weights, table) == result(tmp_path / "killed")[:2]
     online = [(run_dir(tmp_path / name) / "online.bin").read_bytes() for name in ("straight", "killed")]
     assert online[0] == online[1] and len(online[0]) == 60 * 10 * 4
-    for flag in ("--offline-updates 30", "--checkpoint none.pt"):
+    for flag in ("--offline-updates 30", "--updates-per-step 2", "--checkpoint none.pt"):
         assert_refused(resume("iql_finetune", tmp_path / "killed", flag), flag, "would make another run of")
     refused = resume("iql_finetune", tmp_path / "killed", "--online-steps 30")
     assert_refused(refused, "--online-steps 30 is not more than")

@@ -6,6 +6,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import processes
 import pytest
 import torch
 from conftest import ROOT, run_script
@@ -52,6 +53,13 @@ def equal_bits(a, b):
 def test_how_often_one_evaluates_changes_no_bit_of_training(runs):
     assert equal_bits(saved(runs["straight"]), saved(runs["seldom"]))
     assert equal_bits(saved(runs["finetune"]), saved(runs["finetune_seldom"]))
+
+
+def test_another_seed_gives_other_weights(tmp_path):
+    for seed in "12":
+        processes.run("iql_continuous", tmp_path / seed, f"--total-updates 10 --seed {seed}")
+    first, second = ((processes.run_dir(tmp_path / seed), None) for seed in "12")
+    assert not equal_bits(saved(first), saved(second))
 
 
 def test_evaluations_csv_and_the_best_checkpoint(runs):
