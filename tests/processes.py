@@ -29,6 +29,7 @@ TINY += "--eval-frequency 10 --eval-episodes 2 --final-episodes 2 --eval-envs 2"
 
 
 server = multiprocessing.get_context("forkserver")
+# the last one is what torch.use_deterministic_algorithms imports
 server.set_forkserver_preload(
     ["minari", "gymnasium_robotics", "tyro", "torch.utils.tensorboard", "torch._inductor.config"]
 )
@@ -47,7 +48,7 @@ def become(script, arguments, folder, environment, streams):
     sys.argv = [str(script), *arguments]
     others = [path for path in sys.path if path not in (str(ROOT), str(ROOT / "tests"))]
     sys.path = [str(script.parent), *environment["PYTHONPATH"].split(os.pathsep), *others]
-    multiprocessing.process._parent_process = None
+    multiprocessing.process._parent_process = None  # by this a script tells itself from its workers
     runpy.run_path(str(script), run_name="__main__")
 
 
