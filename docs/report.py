@@ -233,7 +233,7 @@ def main(folder: Positional[Path], out: Optional[Path] = None, merge: Optional[P
     (out / "report.md").write_text(table, encoding="utf-8")
     draw(groups, out / "figure.png")
     sys.stdout.reconfigure(encoding="utf-8")
-    print(f"{table}\nThis is {out / 'report.md'}; results.csv and figure.png are beside it.")
+    print(f"{table}\nThis is {out / 'report.md'}; results.csv and, if there are curves, figure.png are beside it.")
 
 
 if __name__ == "__main__":
