@@ -20,8 +20,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
-import shlex
 import signal
 import sys
 import time
@@ -29,26 +27,18 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Optional
 from zipfile import BadZipFile, ZipFile
 
 import gymnasium as gym
+import gymnasium_robotics
 import minari
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torch.optim as optim
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-
-try:
-    import gymnasium_robotics
-except (ImportError, AttributeError):  # MUJOCO_GL names a library that is not there: only videos need one
-    os.environ["MUJOCO_GL"] = "disable"
-    import gymnasium_robotics
-import mujoco
 
 gym.register_envs(gymnasium_robotics)
 
@@ -65,38 +55,32 @@ class Args:
     """if toggled, cuda will be used where there is a GPU"""
     cudagraphs: bool = True
     """if toggled, a GPU runs the update as one CUDA graph; --no-cudagraphs if it cannot be captured"""
-    compile: bool = False
-    """if toggled, a GPU runs the update compiled by torch.compile, which takes a minute at the start"""
-    tf32: bool = False
-    """if toggled, a GPU may round the factors of matrix products to TF32"""
     track: bool = False
     """if toggled, this experiment will be tracked with Weights and Biases"""
     wandb_project_name: str = "iql"
     """the wandb's project name"""
-    wandb_entity: Optional[str] = None
+    wandb_entity: str | None = None
     """the entity (team) of wandb's project"""
     capture_video: bool = False
     """whether to film one episode of the final policy (check out the `videos` folder)"""
-    checkpoint: Optional[str] = None
+    checkpoint: str | None = None
     """a checkpoint.pt or best.pt of either script to start from: skips the offline phase"""
-    resume: Optional[str] = None
-    """the directory of a run to go on with, under its own arguments but for those that are given anew"""
+    resume: str | None = None
+    """the directory of a run to continue with its own arguments, or those given anew"""
 
     # Algorithm specific arguments
     env_id: str = "AdroitHandHammer-v1"
     """the id of the environment"""
-    dataset_id: Optional[str] = None
+    dataset_id: str | None = None
     """the id of the Minari dataset (default: the D4RL expert set of the Adroit task)"""
-    max_episodes: Optional[int] = None
+    max_episodes: int | None = None
     """use only this many episodes, the dataset's first"""
     offline_updates: int = 1_000_000
     """number of updates on the dataset alone"""
     online_steps: int = 1_000_000
-    """number of environment steps after that; a resumed run with a new number goes on on the new number's cosine"""
+    """number of environment steps after that; a resumed run may be given more"""
     learning_starts: int = 20_000
-    """number of environment steps before the first online update; their updates are caught up on after that"""
-    updates_per_step: int = 1
-    """number of online updates for every environment step"""
+    """number of environment steps before the first online update"""
     exploration_scale: float = 0.3
     """factor on the policy's standard deviation while it collects"""
     batch_size: int = 256
@@ -104,7 +88,7 @@ class Args:
     learning_rate: float = 3e-4
     """the learning rate of all optimizers"""
     anneal_lr: bool = True
-    """if toggled, the actor's learning rate falls on a cosine online; the official fine-tuning keeps it"""
+    """if toggled, the actor's learning rate falls to 0 on a cosine online; the official fine-tuning keeps it"""
     gamma: float = 0.99
     """the discount factor gamma"""
     tau: float = 0.005
@@ -112,166 +96,104 @@ class Args:
     expectile: float = 0.8
     """the expectile of V's regression (tau in the paper): 0.5 is SARSA, near 1 the best action in the data"""
     beta: float = 3.0
-    """inverse temperature of the actor's advantage weights: 0 is behaviour cloning"""
+    """inverse temperature of the actor's advantage weights: 0 is behavior cloning"""
     max_weight: float = 100.0
     """upper limit of the advantage weights"""
     actor_dropout: float = 0.1
     """dropout rate of the actor's hidden layers"""
     normalize_obs: bool = True
-    """if toggled, observations are standardized with the dataset's mean and deviation; a checkpoint keeps its own"""
-    reward_scale: Optional[float] = None
-    """factor on the rewards that are learned from (default: the checkpoint's, else 0.005 for Adroit, 1 elsewhere)"""
+    """if toggled, observations are standardized with the dataset's mean and standard deviation, or a checkpoint's"""
+    reward_scale: float | None = None
+    """factor on the rewards in training (default: the checkpoint's, else 0.005 for Adroit, 1 elsewhere)"""
+    reward_shift: float | None = None
+    """added to the rewards before they are scaled, such as -1 for AntMaze (default: the checkpoint's, else 0)"""
     eval_frequency: int = 5000
-    """number of updates between two evaluations"""
+    """number of updates or environment steps between two evaluations"""
     eval_episodes: int = 20
     """number of episodes of an evaluation"""
     final_episodes: int = 100
     """number of episodes of the last evaluation of each phase, the run's scores"""
-    eval_envs: int = min(10, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    eval_envs: int = 10
     """number of parallel evaluation environments, a process each"""
 
     def __post_init__(self):
-        def require(holds, rule, *names):
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and not holds(value):
-                    raise ValueError(f"--{name.replace('_', '-')} must be {rule}, not {value}.")
-
-        require(lambda x: x >= 1, "at least 1", "batch_size", "max_episodes", "eval_frequency", "updates_per_step")
-        require(lambda x: x >= 1, "at least 1", "eval_episodes", "final_episodes", "eval_envs")
-        require(lambda x: 0 <= x < math.inf, "at least 0", "offline_updates", "online_steps", "beta")
-        require(lambda x: 0 <= x < math.inf, "at least 0", "learning_starts", "exploration_scale")
-        require(lambda x: 0 < x < math.inf, "more than 0", "learning_rate", "max_weight", "reward_scale")
-        require(lambda x: 0 < x < 1, "between 0 and 1", "expectile")
-        require(lambda x: 0 <= x <= 1, "from 0 to 1", "gamma", "tau")
-        require(lambda x: 0 <= x < 1, "at least 0 and below 1", "actor_dropout")
-        require(lambda x: 0 <= x < 2**32, "from 0 to 2**32 - 1", "seed")
+        if min(self.batch_size, self.eval_frequency, self.eval_episodes, self.final_episodes, self.eval_envs) < 1:
+            raise ValueError("batch size, evaluation frequency, episodes and environments must be at least 1")
+        if not (0 < self.expectile < 1 and 0 <= self.gamma <= 1 and 0 <= self.tau <= 1 and 0 <= self.actor_dropout < 1):
+            raise ValueError("--expectile, --gamma, --tau and --actor-dropout must lie between 0 and 1")
+        if not (self.beta >= 0 and self.exploration_scale >= 0 and self.learning_rate > 0 and self.max_weight > 0):
+            raise ValueError("--learning-rate and --max-weight must be above 0, --beta, --exploration-scale not below")
+        if self.offline_updates < 0 or self.online_steps < 0 or 0 < self.online_steps <= self.learning_starts:
+            raise ValueError("--learning-starts must be less than --online-steps, and no length may be negative")
 
 
-# D4RL's horizon and reference returns of a random policy and of the expert (d4rl/infos.py), by Adroit task
+# D4RL's horizon and returns of a random policy and of the expert (d4rl/infos.py), by Adroit task
 ADROIT = {
     "pen": (100, 96.262799, 3076.8331017826877),
     "hammer": (200, -274.856578, 12794.134825156867),
     "door": (200, -56.512833, 2880.5693087298737),
     "relocate": (200, -6.425911, 4233.877797728884),
 }
+TASKS = {f"AdroitHand{task.capitalize()}-v1": task for task in ADROIT}
 # the evaluation episodes' reset seeds count from here: every run and every policy meets the same start states
 EVAL_SEED = 1_000_000
 
 
-def adroit_task(env_id):
-    """The Adroit task that `env_id` stands for; None for other environments and for sparse rewards."""
-    match = re.fullmatch(r"(.*:)?AdroitHand(Pen|Hammer|Door|Relocate)(Dense)?(-v\d+)?", env_id)
-    return match and match[2].lower()
-
-
 class D4RLRules(gym.Wrapper):
-    """What D4RL (d4rl/hand_manipulation_suite) does otherwise than gymnasium-robotics' v1 tasks with dense rewards."""
+    """Where D4RL (d4rl/hand_manipulation_suite) differs from gymnasium-robotics."""
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
-        task = adroit_task(self.spec.id)
+        task = TASKS[self.spec.id]
         if task == "pen":
             terminated = terminated or bool(obs[26] < 0.075)  # a dropped pen ends the episode
         else:
-            # D4RL takes 0.1 a meter between hand and object, gymnasium-robotics gives it
+            # distance between hand and object costs 0.1 a meter in D4RL, and earns as much in gymnasium-robotics
             reach = {"hammer": obs[33:36] - obs[36:39], "door": obs[35:38], "relocate": obs[30:33]}[task]
             reward -= 0.2 * np.linalg.norm(reach)
         return obs, reward, terminated, truncated, info
 
 
-class ScaledActions(gym.ActionWrapper):
-    """Takes actions (act_dim,) in [-1, 1] for a Box of any shape, bounds and dtype; rewards are floats."""
-
-    def __init__(self, env):
-        super().__init__(env)
-        self.action_space = gym.spaces.Box(-1, 1, (math.prod(env.action_space.shape),), np.float32)
-
-    def action(self, action):
-        box = self.env.action_space
-        low, high = box.low.astype(np.float64), box.high.astype(np.float64)
-        action = low + (np.reshape(action, box.shape).astype(np.float64) + 1) / 2 * (high - low)
-        if np.issubdtype(box.dtype, np.integer):
-            action = np.rint(action)
-        return np.asarray(np.clip(action, low, high), box.dtype)
-
-    def step(self, action):
-        obs, reward, terminated, truncated, info = super().step(action)
-        return obs, np.asarray(reward).item(), terminated, truncated, info  # some rewards are arrays of one number
-
-
-def make_env(env_id, render_mode=None):
-    """Thunk of an environment with observations (obs_dim,) and actions (act_dim,) in [-1, 1].
-
-    An Adroit episode lasts as long as in D4RL and is rewarded as there, whatever is registered.
-    """
+def make_env(env_id, **kwargs):
+    """Thunk of an environment with observations (obs_dim,) and actions (act_dim,) in [-1, 1]."""
 
     def thunk():
-        task = adroit_task(env_id)
-        kwargs = {"render_mode": render_mode} if render_mode else {}
-        env = gym.make(env_id, max_episode_steps=ADROIT[task][0] if task else None, **kwargs)
-        if task and env.spec.id.endswith("-v1"):
-            env = D4RLRules(env)
-        return ScaledActions(gym.wrappers.FlattenObservation(env))
+        env = gym.make(env_id, **kwargs)
+        if env.spec.id in TASKS:
+            env = D4RLRules(gym.wrappers.TimeLimit(env, ADROIT[TASKS[env.spec.id]][0]))
+        box = env.action_space
+        flat = len(box.shape) == 1 and box.dtype.kind == "f" and (box.low < box.high).all()
+        assert flat, f"actions must be a one-dimensional Box of floats, each with a range, not {box}"
+        assert env.spec.max_episode_steps, f"{env_id} has no time limit: register it with max_episode_steps"
+        env = gym.wrappers.FlattenObservation(env)
+        return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
     return thunk
 
 
-def check_env(env_id):
-    """The environment as it is registered. Exits with a sentence if it is unknown or nothing for this script."""
-    try:
-        env = gym.make(env_id)
-    except (gym.error.Error, ImportError) as error:
-        sys.exit(f"{env_id} cannot be made, change --env-id or install what it needs: {error}")
-    if env.spec.max_episode_steps is None:
-        sys.exit(f"{env_id} has no time limit: register it with max_episode_steps.")
-    parts = env.observation_space.spaces.values() if isinstance(env.observation_space, gym.spaces.Dict) else []
-    for space in parts or [env.observation_space]:
-        if not isinstance(space, gym.spaces.Box):
-            sys.exit(f"{env_id} has {space} in its observations: only a Box or a Dict of Boxes is supported.")
-    if not isinstance(env.action_space, gym.spaces.Box):
-        sys.exit(f"{env_id} has the action space {env.action_space}: only a Box is supported.")
-    with np.errstate(over="ignore"):
-        width = (env.action_space.high.astype(np.float64) - env.action_space.low).astype(np.float32).flatten()
-    for i in np.flatnonzero(~((width > 0) & (width < np.inf))):
-        sys.exit(f"{env_id} has a range of {width[i]} in dimension {i} of its actions: it must be finite and not 0.")
-    return env
-
-
-def make_eval_envs(env_id, num_envs):
-    """Parallel environments, a process each.
-
-    Call it before anything starts a thread or CUDA: on Linux the workers are forked, which is fast, and safe only then.
-    Elsewhere they are spawned and import this file.
-    """
-    context = "fork" if sys.platform == "linux" else "spawn"
-    return gym.vector.AsyncVectorEnv([make_env(env_id)] * num_envs, context=context)
-
-
 def evaluate(envs, policy, episodes):
-    """Run whole episodes, the k-th from reset seed EVAL_SEED + k.
+    """Run whole episodes, the k-th from reset seed EVAL_SEED + k, with `policy` from observations (num_envs, obs_dim).
 
-    `policy` maps observations (num_envs, obs_dim) to actions (num_envs, act_dim). Returns the undiscounted episodic
-    returns (episodes,) and whether `info["success"]` held at any step (episodes,), None if no episode says.
+    Returns undiscounted returns (episodes,) and whether `info["success"]` held at any step, or None if none reports it.
     """
-    returns, successes, reports_success = np.zeros(0), np.zeros(0, dtype=bool), False
+    returns, successes, reports_success = [], [], False
     while len(returns) < episodes:
-        obs, _ = envs.reset(seed=[EVAL_SEED + len(returns) + i for i in range(envs.num_envs)])
+        obs, _ = envs.reset(seed=EVAL_SEED + len(returns))
         episodic_return, success = np.zeros(envs.num_envs), np.zeros(envs.num_envs, dtype=bool)
-        running = np.ones(envs.num_envs, dtype=bool)  # what follows an episode's end, autoreset too, is ignored
+        running = np.ones(envs.num_envs, dtype=bool)  # what follows an episode's end is ignored
         while running.any():
             obs, rewards, terminations, truncations, infos = envs.step(policy(obs))
             episodic_return += np.where(running, rewards, 0.0)
-            if "success" in infos:
-                reports_success = True
-                success |= running & np.asarray(infos["success"], dtype=bool).reshape(envs.num_envs, -1).any(1)
+            reports_success |= "success" in infos
+            success |= running & np.asarray(infos.get("success", False), dtype=bool)  # where it is None, False
             running &= ~(terminations | truncations)
-        returns, successes = np.append(returns, episodic_return), np.append(successes, success)
-    return returns[:episodes], successes[:episodes] if reports_success else None
+        returns.extend(episodic_return)
+        successes.extend(success)
+    return np.array(returns[:episodes]), np.array(successes[:episodes]) if reports_success else None
 
 
 def summarize(returns, successes, reference):
-    """What is known of some episodes; normalized scores are 0 and 100 at the two `reference` returns."""
+    """Statistics of episodes by name; a normalized score is 0 and 100 at the two `reference` returns, if there are."""
     summary = {"episodes": len(returns), "episodic_return": returns.mean().item()}
     summary["episodic_return_std"] = returns.std().item()
     if reference:
@@ -287,104 +209,65 @@ def describe(summary):
 
 
 def load_dataset(env_id, dataset_id=None):
-    """Open a Minari dataset, downloading it if need be. Exits with a sentence if there is none.
-
-    Without `dataset_id` it is D4RL's expert set of the Adroit task or, where that cannot be had, the small one that
-    comes with this file in tests/datasets.
-    """
-    task = adroit_task(env_id)
-    if dataset_id is None and task is None:
+    """A Minari dataset, by default D4RL's expert set, or a bundled one if that cannot be had. Exits with a sentence."""
+    task, bundled = TASKS.get(env_id), Path(__file__).resolve().parent / "tests" / "datasets"
+    if not (dataset_id or task):
         sys.exit(f"{env_id} has no default dataset: name one with --dataset-id (`minari list remote` lists them).")
-    wanted, bundled = dataset_id or f"D4RL/{task}/expert-v2", Path(__file__).resolve().parent / "tests" / "datasets"
-    if not re.search(r"-v\d+$", wanted):
-        sys.exit(f"{wanted} is not the id of a dataset, which ends in a version such as -v2.")
-    path = bundled / wanted
+    wanted, demos = dataset_id or f"D4RL/{task}/expert-v2", f"bundled/{task}/demos-v0"
+    path = bundled / wanted if (bundled / wanted).exists() else minari.storage.get_dataset_path(wanted)
     if not path.exists():
+        print(f"Downloading {wanted} (takes half a minute to fail offline, --dataset-id avoids it)", flush=True)
         try:
-            path = minari.storage.get_dataset_path(wanted)
-            if not path.exists():
-                print(f"{wanted} is not in {path}: downloading it ...", flush=True)
-                minari.download_dataset(wanted)
+            minari.download_dataset(wanted)
         except Exception as error:  # whatever the libraries between here and the server raise
-            path, reason = bundled / f"bundled/{task}/demos-v0", f"could not be downloaded ({type(error).__name__})"
-            if dataset_id is not None or not path.exists():
-                sys.exit(f"{wanted} {reason}: check the network and the id, `minari list remote` lists all.")
-            print(f"{wanted} {reason}. Using bundled/{task}/demos-v0: ITS SCORES ARE NOT D4RL SCORES.")
+            reason, _, _ = f"{wanted} could not be downloaded ({type(error).__name__}: {error}".partition("\n")
+            if dataset_id or not (bundled / demos).exists():
+                sys.exit(f"{reason}): check the network and the id, `minari list remote` lists all.")
+            print(f"{reason}). Using {demos}: ITS SCORES ARE NOT D4RL SCORES.")
+            path = bundled / demos
     try:
-        metadata = json.loads((path / "data" / "metadata.json").read_text())
-        if metadata["minari_version"] not in minari.supported_dataset_versions:
-            sys.exit(
-                f"{wanted} is of Minari {metadata['minari_version']}, which Minari {minari.__version__} cannot read."
-            )
-        # a KeyError where they are missing: Minari would make the environment named there, which may run foreign code
-        metadata["observation_space"], metadata["action_space"]
-        dataset = minari.MinariDataset(path / "data")
-    except ImportError as error:
-        sys.exit(f"{wanted} cannot be read without a package: {error}")
+        return minari.MinariDataset(path / "data")
     except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"{wanted} cannot be opened, delete {path} and get it again: {type(error).__name__}: {error}")
-    if dataset.env_spec and dataset.env_spec.id != env_id.split(":")[-1]:
-        print(f"WARNING: {wanted} was recorded in {dataset.env_spec.id}, not in {env_id}.", file=sys.stderr)
-    return dataset
+        advice = "" if (path / "data" / "main_data.hdf5").exists() else f", delete {path} and get it again"
+        sys.exit(f"{wanted} cannot be opened{advice}: {type(error).__name__}: {error}")
 
 
-def load_transitions(dataset, observation_space, action_space, horizon, max_episodes=None):
-    """Read a Minari dataset into NumPy arrays; actions are scaled to [-1, 1].
+def load_transitions(dataset, env, max_episodes=None):
+    """Read a Minari dataset: transitions, float64 arrays (N, ...) by name, and returns within the time limit (E,).
 
-    Returns (transitions, episodic_returns): a dict of `observations` (N, obs_dim) and `next_observations` (N, obs_dim),
-    float64, `actions` (N, act_dim), `rewards` (N,) and `terminations` (N,), float32; and the returns of the episodes'
-    first `horizon` steps (E,). Exits with a sentence if the dataset does not fit the spaces, is nearly empty, or holds
-    NaN or infinity.
+    Actions are scaled to [-1, 1]. Exits with a sentence if the dataset does not fit `env`, or holds NaN.
     """
-
-    def shapes(space):
-        return {k: v.shape for k, v in space.items()} if isinstance(space, gym.spaces.Dict) else space.shape
-
-    for name, space in (("observation_space", observation_space), ("action_space", action_space)):
-        found = getattr(dataset, name)
-        if type(found) is not type(space) or shapes(found) != shapes(space):
-            sys.exit(f"{dataset.id} is not for this environment: its {name} is {found}, the environment's {space}.")
-    obs_dim, act_dim = gym.spaces.flatdim(observation_space), math.prod(action_space.shape)
-    low, high = (bound.astype(np.float64).flatten() for bound in (action_space.low, action_space.high))
-    total = min(dataset.total_episodes, max_episodes or dataset.total_episodes)
-    steps, outside, episodic_returns = 0, 0, []
+    if dataset.env_spec and dataset.env_spec.id != env.spec.id:
+        print(f"WARNING: {dataset.id} was recorded in {dataset.env_spec.id}, not in {env.spec.id}.", file=sys.stderr)
+    obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    transitions = {"observations": [], "actions": [], "rewards": [], "next_observations": [], "terminations": []}
+    episodic_returns, indices = [], range(dataset.total_episodes)[:max_episodes]
     try:
-        rows = sum(metadata["total_steps"] for metadata in dataset.storage.get_episode_metadata(range(total)))
-        transitions = {"observations": np.empty((rows, obs_dim)), "actions": np.empty((rows, act_dim), np.float32)}
-        transitions |= {"rewards": np.empty(rows, np.float32), "next_observations": np.empty((rows, obs_dim))}
-        transitions |= {"terminations": np.empty(rows, np.float32)}
-        for episode in tqdm(dataset.iterate_episodes(range(total)), "reading", total, unit=" episodes", disable=None):
-            T, observations = len(episode.rewards), episode.observations
-            # Minari sorts the parts of a Dict, gymnasium flattens them in the environment's order
-            parts = [observations[k] for k in observation_space] if isinstance(observations, dict) else [observations]
-            if any(len(part) != T + 1 for part in parts):
-                lengths = " and ".join(str(len(part)) for part in parts)
-                sys.exit(f"{dataset.id} has {lengths} observations for the {T} steps of an episode, not {T + 1}.")
-            observations = np.concatenate([part.reshape(T + 1, -1) for part in parts], 1)
-            actions = (episode.actions.reshape(T, act_dim) - low) / (high - low) * 2 - 1
-            outside += (np.abs(actions) > 1 + 1e-5).any(1).sum()
-            now = slice(steps, steps + T)
-            transitions["observations"][now] = observations[:-1]
-            transitions["actions"][now] = np.clip(actions, -1 + 1e-5, 1 - 1e-5)  # as the official code does
-            transitions["rewards"][now] = episode.rewards.reshape(T)
-            transitions["next_observations"][now] = observations[1:]
-            # a truncation is not the task's end: only a termination cuts the bootstrap
-            transitions["terminations"][now] = episode.terminations.reshape(T)
-            episodic_returns.append(transitions["rewards"][now][:horizon].sum(dtype=np.float64))
-            steps += T
+        episodes = list(tqdm(dataset.iterate_episodes(indices), "reading", len(indices), disable=None))
     except OSError as error:
-        sys.exit(f"{dataset.id} cannot be read, delete it and get it again: {error}")
-    if steps < 2:
-        sys.exit(f"{dataset.id} has {steps} transitions: use a dataset with more, or a larger --max-episodes.")
-    transitions = {name: column[:steps] for name, column in transitions.items()}
+        sys.exit(f"{dataset.id} cannot be read: {error}")
+    for episode in episodes:
+        T, obs = len(episode.rewards), episode.observations
+        if isinstance(obs, dict):  # in the environment's order, as FlattenObservation has it: Minari sorts the keys
+            obs = np.concatenate([obs[key].reshape(T + 1, -1) for key in env.unwrapped.observation_space], 1)
+        obs = obs.reshape(len(obs), -1)
+        shapes = [obs.shape, episode.actions.shape, episode.rewards.shape, episode.terminations.shape]
+        if shapes != (fitting := [(T + 1, obs_dim), (T, act_dim), (T,), (T,)]):
+            sys.exit(f"{dataset.id} does not fit {env.spec.id}: an episode has shapes {shapes}, not {fitting}.")
+        transitions["observations"].append(obs[:-1])
+        transitions["actions"].append(episode.actions)
+        transitions["rewards"].append(episode.rewards)
+        transitions["next_observations"].append(obs[1:])
+        # a truncation is not the task's end: only a termination cuts the bootstrap
+        transitions["terminations"].append(episode.terminations)
+        episodic_returns.append(episode.rewards[: env.spec.max_episode_steps].sum())
+    transitions = {name: np.concatenate(column, dtype=np.float64) for name, column in transitions.items()}
+    # scaled by the bounds that they were recorded in, and clipped as in the official code
+    low, high = np.float64(dataset.action_space.low), np.float64(dataset.action_space.high)
+    transitions["actions"] = np.clip((transitions["actions"] - low) / (high - low) * 2 - 1, -1 + 1e-5, 1 - 1e-5)
     for name, column in transitions.items():
         if not np.isfinite(column).all():
             sys.exit(f"{dataset.id} holds NaN or infinity in its {name}: use a dataset without.")
-    if outside:
-        share = f"{100 * outside / steps:.2g}% of the actions"
-        print(
-            f"WARNING: {share} of {dataset.id} lie outside the environment's bounds: they are clipped.", file=sys.stderr
-        )
     return transitions, np.array(episodic_returns)
 
 
@@ -410,9 +293,6 @@ class Critic(nn.Module):
         return self.fc3(x).squeeze(1)
 
 
-LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
-
-
 class Actor(nn.Module):
     """Gaussian policy over actions in [-1, 1]: a tanh mean, a standard deviation that no state changes."""
 
@@ -429,7 +309,7 @@ class Actor(nn.Module):
         """Mean (batch, act_dim) and log standard deviation (act_dim,) at normalized observations (batch, obs_dim)."""
         x = F.dropout(F.relu(self.fc1(x)), dropout)
         x = F.dropout(F.relu(self.fc2(x)), dropout)
-        return torch.tanh(self.fc_mean(x)), self.log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
+        return torch.tanh(self.fc_mean(x)), self.log_std.clamp(-5.0, 2.0)
 
     def log_prob(self, x, a, dropout=0.0):
         """log pi(a|x), (batch,)."""
@@ -460,14 +340,19 @@ class Agent(nn.Module):
         self.qf2_target = copy.deepcopy(self.qf2)
 
 
+@torch.no_grad()
+def explore(actor, x, scale):
+    """Sample from the policy's Gaussian with `scale` times its standard deviation, at normalized x (batch, obs_dim)."""
+    mean, log_std = actor(x)
+    return (mean + scale * log_std.exp() * torch.randn_like(mean)).clamp(-1, 1)
+
+
 def make_optimizers(agent, learning_rate):
     """Adam for V, for the actor and for the two critics; the rates are tensors, which a CUDA graph reads anew."""
     q_parameters = [*agent.qf1.parameters(), *agent.qf2.parameters()]
     groups = (agent.vf.parameters(), agent.actor.parameters(), q_parameters)
-    device = agent.actor.log_std.device
-    rates = [torch.tensor(learning_rate, device=device) for _ in groups]
-    capturable = device.type == "cuda"
-    return [optim.Adam(p, lr=lr, fused=True, capturable=capturable) for p, lr in zip(groups, rates, strict=True)]
+    rates = [torch.tensor(learning_rate, device=agent.actor.log_std.device) for _ in groups]
+    return [torch.optim.Adam(p, lr=lr, fused=True, capturable=lr.is_cuda) for p, lr in zip(groups, rates, strict=True)]
 
 
 def expectile_loss(u, expectile):
@@ -512,37 +397,26 @@ def update(agent, optimizers, data, args):
     qf_loss.backward()
     q_optimizer.step()
 
-    # the target critics follow by Polyak averaging
+    # every target network follows the network of its name by Polyak averaging
     with torch.no_grad():
-        target_parameters = [*agent.qf1_target.parameters(), *agent.qf2_target.parameters()]
-        torch._foreach_lerp_(target_parameters, q_optimizer.param_groups[0]["params"], args.tau)
+        for name, target in agent.named_children():
+            if name.endswith("_target"):
+                qf = getattr(agent, name.removesuffix("_target"))
+                torch._foreach_lerp_(list(target.parameters()), list(qf.parameters()), args.tau)
 
     metrics = {"v_loss": v_loss, "actor_loss": actor_loss, "qf_loss": qf_loss, "qf_values": qf1_a_values}
     metrics |= {"v_values": v_values, "advantages": advantages, "weights": weights}
     return {name: tensor.detach() for name, tensor in metrics.items()}
 
 
-@torch.no_grad()
-def explore(actor, x, scale):
-    """Sample from the policy's Gaussian, its deviation times `scale`, at normalized observations (batch, obs_dim)."""
-    mean, log_std = actor(x)
-    return (mean + scale * log_std.exp() * torch.randn_like(mean)).clamp(-1, 1)
-
-
 def capture(step):
-    """A function that does what `step()` does, on a GPU, as one CUDA graph: all its kernels are launched at once.
-
-    Its first three calls are `step` itself: at a capture libraries must be loaded and optimizers have a state
-    (https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture). `step` may not look at values on the
-    device, and takes what changes from tensors. From the fourth on, all calls return the same tensors.
-    The current stream must not be the default one. Exits with a sentence if `step` cannot be captured.
-    """
+    """`step` as one CUDA graph: https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture"""
     graph, calls, result = torch.cuda.CUDAGraph(), 0, None
 
     def captured_step():
         nonlocal calls, result
         calls += 1
-        if calls <= 3:
+        if calls <= 3:  # plain calls load the libraries and make Adam's state
             return step()
         if calls == 4:
             try:
@@ -558,131 +432,92 @@ def capture(step):
 
 def save(state, path):
     """Write a checkpoint: whatever happens meanwhile, `path` is the old file or the complete new one."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
 
 
 def load(path):
     """Read a checkpoint without executing anything in it. Exits with a sentence if it cannot be used."""
     try:
-        with ZipFile(path) as archive:  # torch.load does not look at the checksums
-            if archive.testzip():
-                raise BadZipFile("a checksum is wrong")
+        if ZipFile(path).testzip():  # torch.load does not look at the checksums
+            raise BadZipFile("a checksum is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, BadZipFile, zlib.error, UnpicklingError) as error:
-        sys.exit(f"{path} cannot be loaded ({type(error).__name__}): use a checkpoint.pt or best.pt of these scripts.")
-    if not isinstance(saved, dict) or not {"args", "agent", "reference"} <= saved.keys():
-        sys.exit(f"{path} is not a checkpoint of these scripts, or of an older version.")
-    return saved
-
-
-def make_video_env(env_id, folder, name):
-    """An environment that films its first episode. Exits with a sentence if it cannot."""
-    try:
-        env = make_env(env_id, render_mode="rgb_array")()
-        env.reset()
-        env.render()
-        return gym.wrappers.RecordVideo(env, folder, name_prefix=name)
-    except gym.error.DependencyNotInstalled as error:
-        sys.exit(f"--capture-video needs another package: {error}")
-    except (AttributeError, ImportError, RuntimeError, mujoco.FatalError) as error:  # what graphics libraries raise
-        sys.exit(f"{env_id} cannot be filmed, set MUJOCO_GL=egl or leave --capture-video out: {error}")
+        return {**saved, "args": saved["args"]}  # a KeyError, if it is another program's
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, BadZipFile, UnpicklingError, zlib.error) as error:
+        sys.exit(f"{path} is damaged or not a checkpoint of these scripts ({type(error).__name__}: {error}).")
 
 
 if __name__ == "__main__":
     sys.path.append(os.getcwd())  # for --env-id my_module:MyEnv-v0
-    args = tyro.cli(Args)
-    run_name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    run_dir, saved = Path("runs") / run_name, None
+    args, saved = tyro.cli(Args), None
     if args.resume:
-        run_dir = Path(args.resume)
-        run_name, saved = run_dir.resolve().name, load(run_dir / "checkpoint.pt")
+        saved = load(Path(args.resume) / "checkpoint.pt")
         if saved["args"].keys() != vars(args).keys():
-            sys.exit(f"{run_dir} is not a run of this script or this version: resume it with the one that began it.")
+            sys.exit(f"{args.resume} is a run of another script or version: resume it with the one that began it.")
         args = tyro.cli(Args, default=Args(**saved["args"]))
-        fixed = ["env_id", "dataset_id", "max_episodes", "seed", "normalize_obs", "reward_scale", "checkpoint"]
-        if saved["global_step"] >= min(args.offline_updates, saved["args"]["offline_updates"]):
-            fixed += ["offline_updates"]
-        if saved["online_steps"] > 0:
-            fixed += ["learning_starts", "updates_per_step"]
-        for name in fixed:
+        fixed = "dataset_id max_episodes seed normalize_obs reward_scale reward_shift eval_episodes checkpoint"
+        for name in (*fixed.split(), "offline_updates", "learning_starts"):
             if getattr(args, name) != saved["args"][name]:
-                flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-                sys.exit(f"{flag} would make another run of {run_dir}: leave it out, or begin a new run.")
+                sys.exit(f"--{name} {getattr(args, name)} would make another run of {args.resume}: begin a new one.")
+        if args.offline_updates + args.online_steps < saved["global_step"]:
+            sys.exit(f"{args.resume} has done {saved['global_step']} steps already: give more, or begin a new run.")
     elif args.checkpoint:
         saved = load(args.checkpoint)
-        if saved["args"]["env_id"] != args.env_id:
-            sys.exit(f"{args.checkpoint} is of {saved['args']['env_id']}, not of {args.env_id}: change --env-id.")
-    offline_updates = 0 if args.checkpoint else args.offline_updates
-    total_updates = offline_updates + args.online_steps * args.updates_per_step
-    if args.resume and args.online_steps != saved["args"]["online_steps"]:
-        if total_updates <= saved["global_step"] or args.online_steps < saved["online_steps"]:
-            sys.exit(f"--online-steps {args.online_steps} is not more than {run_dir} has done.")
-    if args.track:
-        try:
-            import wandb
-        except ImportError as error:
-            sys.exit(f"--track needs wandb, `pip install wandb`: {error}")
+        args.offline_updates = 0
+    total_steps = args.offline_updates + args.online_steps
+
+    # env setup
+    env = make_env(args.env_id)()
+    task = TASKS.get(env.spec.id)
+    args.env_id = env.spec.id if task else args.env_id  # AdroitHandPen is another name of AdroitHandPen-v1
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "_").replace(":", "_")
+    run_dir = Path(args.resume or f"runs/{run_name}")
 
     def stop(signum, frame):
-        """Ctrl-C and SIGTERM end the run at once: it goes on from its last checkpoint."""
         if multiprocessing.parent_process() is None:  # forked workers have this handler too, and end silently
             for worker in multiprocessing.active_children():
                 worker.kill()
-            go_on = "start it again, there is no checkpoint yet"
-            if (run_dir / "checkpoint.pt").exists():
-                go_on = "go on with " + shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
+            begun = (run_dir / "checkpoint.pt").exists()
+            go_on = f"go on with python {sys.argv[0]} --resume {run_dir}" if begun else "start again, nothing is saved"
             print(f"\nStopped: {go_on}", file=sys.stderr, flush=True)
         os._exit(128 + signum)
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-
-    # env setup: the workers are forked before anything starts a thread
-    env = check_env(args.env_id)
-    envs = make_eval_envs(args.env_id, min(args.eval_envs, args.eval_episodes))
-    online_env = make_env(args.env_id)()
-    obs_dim, act_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-    task = adroit_task(args.env_id)
+    envs = gym.vector.AsyncVectorEnv([make_env(args.env_id)] * args.eval_envs)  # forked before a thread is started
     if args.capture_video:
-        video_env = make_video_env(args.env_id, f"videos/{run_name}", f"{run_name}__{total_updates}")
+        video_env = gym.wrappers.RecordVideo(make_env(args.env_id, render_mode="rgb_array")(), f"videos/{run_name}")
+        video_env.env.reset()
+        video_env.env.render()  # fails before the training, if it does
 
     # TRY NOT TO MODIFY: seeding. All random numbers of the training are PyTorch's
     torch.manual_seed(args.seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # would write every new tensor twice
-    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if args.resume and saved["device"] != device.type:
-        sys.exit(f"{run_dir} ran on {saved['device']}, not on {device.type}: resume it where its random numbers are.")
-    if device.type == "cuda":
+    args.cuda = args.cuda and torch.cuda.is_available()
+    device = torch.device("cuda" if args.cuda else "cpu")
+    if args.cuda:
         torch.cuda.set_stream(torch.cuda.Stream())  # a CUDA graph cannot be captured on the default stream
 
-    # data, and what is known of it and of a random policy before training
+    # agent and data
+    obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     agent = Agent(obs_dim, act_dim)
-    reference = ADROIT[task][1:] if task else saved and saved["reference"]
+    reference = ADROIT[task][1:] if task else None
     if saved:
+        if saved["args"]["env_id"] != args.env_id:
+            sys.exit(f"{args.resume or args.checkpoint} is of {saved['args']['env_id']}, not of {args.env_id}.")
         agent.load_state_dict(saved["agent"])
-        args.normalize_obs = saved["args"]["normalize_obs"]  # the model has its own mean and deviation
-    args.reward_scale = args.reward_scale or (saved["args"]["reward_scale"] if saved else 0.005 if task else 1.0)
-    measured = saved["measured"] if args.resume else {}
+        reference, args.normalize_obs = saved["reference"], saved["args"]["normalize_obs"]
+    units = saved["args"] if saved else {"reward_scale": 0.005 if task else 1.0, "reward_shift": 0.0}
+    args.reward_scale = units["reward_scale"] if args.reward_scale is None else args.reward_scale
+    args.reward_shift = units["reward_shift"] if args.reward_shift is None else args.reward_shift
     dataset = load_dataset(args.env_id, args.dataset_id)
     args.dataset_id = dataset.id
-    horizon = ADROIT[task][0] if task else env.spec.max_episode_steps
-    transitions, dataset_returns = load_transitions(
-        dataset, env.observation_space, env.action_space, horizon, args.max_episodes
-    )
+    transitions, dataset_returns = load_transitions(dataset, env, args.max_episodes)
     transition_count = len(transitions["rewards"])
-    if args.resume and transition_count != (had := measured["dataset"]["transitions"]):
-        sys.exit(f"{dataset.id} has {transition_count} transitions, {run_dir} began with {had}: begin a new run.")
-    scores = [dataset.storage.metadata.get(name) for name in ("ref_min_score", "ref_max_score")]
-    if not task and None not in scores:
-        reference = tuple(map(float, scores))
+    scores = tuple(dataset.storage.metadata.get(name) for name in ("ref_min_score", "ref_max_score"))
+    reference = reference if task or None in scores else scores
     if args.normalize_obs and not saved:
         obs = transitions["observations"]
         std = np.where(np.ptp(obs, 0) > 0, obs.std(0) + 1e-3, 1.0)  # what never changes keeps its scale
@@ -690,194 +525,166 @@ if __name__ == "__main__":
         agent.actor.obs_std.copy_(torch.from_numpy(std))
     for name in ("observations", "next_observations"):
         transitions[name] = agent.actor.normalize(transitions[name])
-    transitions["rewards"] *= args.reward_scale
-    # the dataset's transitions, then the online ones; a CUDA graph reads anew how many there are
-    storage, rows = {}, transition_count + args.online_steps
-    for name, column in transitions.items():
-        storage[name] = torch.zeros(rows, *column.shape[1:], device=device)
-        storage[name][:transition_count] = torch.as_tensor(column)
-    del transitions
-    size = torch.tensor(transition_count, dtype=torch.float64, device=device)
-    if not args.resume:
-        rng, shape = np.random.default_rng(EVAL_SEED), (envs.num_envs, act_dim)
-        random_returns, _ = evaluate(envs, lambda _: rng.uniform(-1, 1, shape), 20)
-        measured["dataset"] = {"transitions": transition_count, **summarize(dataset_returns, None, reference)}
-        measured["random"] = summarize(random_returns, None, reference)
+    transitions = {name: torch.as_tensor(column).float() for name, column in transitions.items()}
+    transitions["rewards"] = (transitions["rewards"] + args.reward_shift) * args.reward_scale
+    # from here on views of one table, with a row for each transition of the dataset, then for each online one
+    widths = [obs_dim, act_dim, 1, obs_dim, 1]
+    storage = torch.zeros(transition_count + args.online_steps, sum(widths), device=device)
+    for (name, column), view in zip(transitions.items(), storage.split(widths, 1), strict=True):
+        transitions[name] = view if column.dim() == 2 else view.squeeze(1)
+        transitions[name][:transition_count] = column
+    size = torch.tensor(transition_count, dtype=torch.float64, device=device)  # a CUDA graph reads it anew
+    rng = np.random.default_rng(EVAL_SEED)
+    random_returns, _ = evaluate(envs, lambda _: rng.uniform(-1, 1, envs.action_space.shape), 20)
+    measured = {"dataset": {"transitions": transition_count, **summarize(dataset_returns, None, reference)}}
+    measured["random"] = summarize(random_returns, None, reference)
     agent.to(device)
-    optimizers = make_optimizers(agent, args.learning_rate)
+    v_optimizer, actor_optimizer, q_optimizer = optimizers = make_optimizers(agent, args.learning_rate)
 
     # where the run stands: evaluations are the rows of evaluations.csv, online_successes of whole episodes
-    first_step, evaluations, best_return, start_time = 0, [], -math.inf, time.time()
-    online_steps, online_saved, online_successes = 0, 0, []
-    online_file, widths = run_dir / "online.bin", [obs_dim, act_dim, 1, obs_dim, 1]
+    first_step, evaluations, best_return, online_successes, start_time = 0, [], -math.inf, [], time.time()
     if args.resume:
-        online_steps = online_saved = saved["online_steps"]
-        online_successes = saved["online_successes"]
-        count = online_steps * sum(widths)
-        online = np.fromfile(online_file, np.float32, count) if online_file.exists() else np.zeros(0, np.float32)
-        if len(online) != count:
-            sys.exit(f"{online_file} lacks transitions that {run_dir} collected: begin a new run.")
-        parts = torch.from_numpy(online).view(-1, sum(widths)).split(widths, 1)
-        for tensor, part in zip(storage.values(), parts, strict=True):
-            now = tensor[transition_count : transition_count + online_steps]
-            now.copy_(part.view(now.shape))
-        size.fill_(transition_count + online_steps)
+        assert args.cuda == saved["args"]["cuda"], f"{run_dir} ran on another device: resume it there"
+        assert transition_count == saved["transition_count"], f"{args.dataset_id} has changed: begin a new run"
         first_step, evaluations, best_return = saved["global_step"] + 1, saved["evaluations"], saved["best_return"]
-        start_time -= saved["wall_seconds"]
+        online_successes, start_time = saved["online_successes"], start_time - evaluations[-1]["wall_seconds"]
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             state["param_groups"][0]["lr"] = optimizer.param_groups[0]["lr"]  # stays this run's, on the device
             optimizer.load_state_dict(state)
         torch.set_rng_state(saved["rng_state"])
-        if device.type == "cuda":
+        if args.cuda:
             torch.cuda.set_rng_state(saved["cuda_rng_state"])
 
-    # logging
+    # the online transitions are in a file too, which outlives the process
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-    if args.resume:  # what was wished holds for the next --resume too
+    online_shape = (max(1, args.online_steps), storage.shape[1])
+    online = np.memmap(run_dir / "online.bin", np.float32, "r+" if args.resume else "w+", shape=online_shape)
+    collected = max(0, first_step - 1 - args.offline_updates)
+    assert online[:collected].any(1).all(), f"{run_dir}/online.bin lacks transitions: begin a new run"
+    storage[transition_count : transition_count + collected] = torch.from_numpy(online[:collected])
+    size += collected
+
+    # logging
+    if args.resume:  # the arguments given anew hold for the next --resume too
         save({**saved, "args": vars(args)}, run_dir / "checkpoint.pt")
     if args.track:
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_name, "id": run_name}
-        wandb.init(**names, resume="allow", sync_tensorboard=True, config=vars(args), save_code=True)
+        import wandb
+
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_dir.name}
+        wandb.init(**names, id=run_dir.name, resume="allow", sync_tensorboard=True, config=vars(args), save_code=True)
     (run_dir / "args.json").write_text(json.dumps({"args": vars(args), **measured}, indent=2))
-    writer = SummaryWriter(run_dir, purge_step=first_step if args.resume else None)
+    writer = SummaryWriter(run_dir, purge_step=first_step)
     hyperparameters = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{hyperparameters}")
-    columns = "global_step episodes episodic_return episodic_return_std normalized_score success_rate wall_seconds"
-    columns += " online_steps"
-    evaluations_file = open(run_dir / "evaluations.csv", "w", newline="", buffering=1)  # a row is written at once
-    evaluations_table = csv.DictWriter(evaluations_file, columns.split())
-    evaluations_table.writeheader()
-    evaluations_table.writerows(evaluations)
-    print(f"{run_dir}: {args.env_id} with {args.dataset_id} on {device}, from update {first_step}")
+    print(f"{run_dir}: {args.env_id} with {args.dataset_id} on {device}, from step {first_step}")
     for name, summary in measured.items():
         print(f"{name}: {describe(summary)}", flush=True)
 
-    # one update on a batch that is drawn from all transitions: all of it happens on the device
-    fast_update = torch.compile(update) if args.compile and device.type == "cuda" else update
-
+    # one update on a batch drawn from all transitions: all of it happens on the device
     def step():
         indices = (torch.rand(args.batch_size, dtype=torch.float64, device=device) * size).long()
-        data = {name: tensor.index_select(0, indices) for name, tensor in storage.items()}
-        return fast_update(agent, optimizers, data, args)
+        data = {name: tensor.index_select(0, indices) for name, tensor in transitions.items()}
+        return update(agent, optimizers, data, args)
 
-    if args.cudagraphs and device.type == "cuda":
+    if args.cudagraphs and args.cuda:
         step = capture(step)
 
-    # TRY NOT TO MODIFY: start the training. global_step counts the updates done, offline and online
-    obs = None  # no online episode is under way yet; one that was when a run stopped is not restored
-    loop_start = time.time()
-    steps = range(first_step, total_updates + 1)
-    for global_step in tqdm(steps, initial=first_step, total=total_updates + 1, unit=" updates", disable=None):
-        if global_step > 0:
-            online_updates = global_step - offline_updates  # this one included; not above 0 while offline
-            # the first online updates would repeat the few online transitions that there are: collect some before
-            steps_due = 0
-            if online_updates > 0:
-                learning_starts = min(args.learning_starts, args.online_steps)
-                steps_due = max(learning_starts, math.ceil(online_updates / args.updates_per_step))
-                if online_steps < learning_starts:
-                    tqdm.write(f"collecting {learning_starts - online_steps} steps before the online updates")
-            while online_steps < steps_due:
-                if obs is None:  # a seed of its own for each episode, so that a resumed run goes on alike
-                    seed = int(np.random.default_rng((args.seed, online_steps)).integers(2**31))
-                    obs = agent.actor.normalize(online_env.reset(seed=seed)[0])
-                    episodic_return, success = 0.0, False
-                action = explore(agent.actor, obs[None], args.exploration_scale)[0]
-                next_obs, reward, terminated, truncated, info = online_env.step(action.cpu().numpy())
-                next_obs = agent.actor.normalize(next_obs)
-                values = (obs, action, reward * args.reward_scale, next_obs, float(terminated))
-                for tensor, value in zip(storage.values(), values, strict=True):
-                    tensor[transition_count + online_steps] = value
-                online_steps += 1
-                size.fill_(transition_count + online_steps)
-                obs = next_obs
-                episodic_return += reward
-                success |= bool(info.get("success", False))
-                if terminated or truncated:
-                    obs = None
-                    online_successes.append(success)
-                    writer.add_scalar("charts/online_episodic_return", episodic_return, global_step)
-                    if "success_rate" in evaluations[-1]:
-                        writer.add_scalar("charts/regret", 1 - np.mean(online_successes), global_step)
-            if args.anneal_lr and online_updates > 0:
-                # at a constant rate the success of neighbouring evaluations lies anywhere between 0.5 and 1
-                decay = 0.5 * (1 + math.cos(math.pi * (online_updates - 1) / (total_updates - offline_updates)))
-                optimizers[1].param_groups[0]["lr"].fill_(args.learning_rate * decay)
+    # TRY NOT TO MODIFY: start the training. global_step counts offline updates, then steps in the environment
+    obs = None  # no online episode is under way; one that was when a run stopped is not restored
+    steps = range(first_step, total_steps + 1)
+    for global_step in tqdm(steps, initial=first_step, total=total_steps + 1, disable=None):
+        online_step = max(0, global_step - args.offline_updates)
+        if online_step > 0:
+            # ALGO LOGIC: put action logic here
+            if obs is None:
+                obs, _ = env.reset(seed=torch.randint(2**31, ()).item())
+                obs, episodic_return, success = agent.actor.normalize(obs), 0.0, False
+            action = explore(agent.actor, obs[None], args.exploration_scale)[0]
+            next_obs, reward, terminated, truncated, info = env.step(action.cpu().numpy())
+            if not np.isfinite([*next_obs, reward]).all():
+                # nothing of this step is kept; other random numbers lead the resumed run along another way
+                save({**load(run_dir / "checkpoint.pt"), "rng_state": torch.get_rng_state()}, run_dir / "checkpoint.pt")
+                sys.exit(f"{args.env_id} gave NaN or infinity at step {global_step}: go on with --resume {run_dir}")
+            next_obs = agent.actor.normalize(next_obs)
+            episodic_return += reward
+            success |= bool(info.get("success", False))
+
+            # save the transition: a truncation is not the task's end
+            ends = torch.tensor([(reward + args.reward_shift) * args.reward_scale, terminated]).float().to(device)
+            row = torch.cat([obs, action, ends[:1], next_obs, ends[1:]])
+            storage[transition_count + online_step - 1] = row
+            online[online_step - 1] = row.cpu().numpy()
+            size += 1
+            obs = None if terminated or truncated else next_obs
+            if obs is None:
+                online_successes.append(success)
+                writer.add_scalar("charts/online_episodic_return", episodic_return, global_step)
+                if "success_rate" in evaluations[-1]:
+                    writer.add_scalar("charts/regret", 1 - np.mean(online_successes), global_step)
+
+        # ALGO LOGIC: training
+        learning = 0 < global_step <= args.offline_updates or online_step > args.learning_starts
+        if learning:
+            if args.anneal_lr and online_step > 0:
+                decay = 0.5 * (1 + math.cos(math.pi * (online_step - 1) / args.online_steps))
+                actor_optimizer.param_groups[0]["lr"].fill_(args.learning_rate * decay)
             metrics = step()
 
-        last = global_step in (offline_updates, total_updates)
+        # losses: here, and nowhere else but in evaluations, the loop waits for the device
+        last = global_step in (args.offline_updates, total_steps)
         evaluating = last or global_step % args.eval_frequency == 0
-        if global_step > 0 and (evaluating or global_step % 500 == 0):
-            # here, and nowhere else but in evaluations, the loop waits for the device
+        if learning and (evaluating or global_step % 500 == 0):
             metrics["clipped_weights"] = (metrics["weights"] >= args.max_weight).float()
-            losses = {name: tensor.mean().item() for name, tensor in metrics.items()}
-            if not all(map(math.isfinite, losses.values())):
-                sys.exit(f"A loss is NaN or infinite at update {global_step}: lower --learning-rate or --reward-scale.")
-            for name, value in losses.items():
-                writer.add_scalar(f"losses/{name}", value, global_step)
-            writer.add_scalar("charts/SPS", (global_step - first_step) / (time.time() - loop_start), global_step)
+            for name, tensor in metrics.items():
+                writer.add_scalar(f"losses/{name}", tensor.mean().item(), global_step)
+            if not (metrics["v_loss"] + metrics["qf_loss"] + metrics["actor_loss"]).isfinite():
+                sys.exit(f"A loss is NaN or infinite at step {global_step}: lower --learning-rate or --reward-scale.")
+            writer.add_scalar("charts/SPS", global_step / (time.time() - start_time), global_step)
 
         if evaluating:
-            episodes = args.final_episodes if last else args.eval_episodes
-            returns, successes = evaluate(envs, agent.actor.act, episodes)
+            returns, successes = evaluate(envs, agent.actor.act, args.final_episodes if last else args.eval_episodes)
             summary = summarize(returns, successes, reference)
-            row = {"global_step": global_step, **summary, "wall_seconds": time.time() - start_time}
-            row["online_steps"] = online_steps
-            evaluations.append(row)
-            evaluations_table.writerow(row)
             for name, value in summary.items():
                 writer.add_scalar(f"charts/{name}", value, global_step)
             writer.flush()
-            tqdm.write(describe(row))
+            row = {"global_step": global_step, "total_steps": total_steps, "online_steps": online_step, **summary}
+            evaluations.append({**row, "wall_seconds": time.time() - start_time})
+            tqdm.write(describe(evaluations[-1]))
             sys.stdout.flush()
+            with open(run_dir / "evaluations.csv", "w", newline="") as file:
+                table = csv.DictWriter(file, {name: None for row in evaluations for name in row})
+                table.writeheader()
+                table.writerows(evaluations)
 
-            mean = returns[: args.eval_episodes].mean().item()  # on the start states that all evaluations share
+            mean = returns[: args.eval_episodes].mean().item()  # over the start states that all evaluations share
             improved, best_return = mean > best_return, max(best_return, mean)
-            if online_steps > online_saved:  # a checkpoint costs what is new since the last one
-                new = slice(transition_count + online_saved, transition_count + online_steps)
-                parts = [tensor[new].view(online_steps - online_saved, -1) for tensor in storage.values()]
-                with open(online_file, "ab") as file:
-                    file.truncate(online_saved * sum(widths) * 4)
-                    file.write(torch.cat(parts, 1).cpu().numpy().tobytes())
-                    file.flush()
-                    os.fsync(file.fileno())
-                online_saved = online_steps
             state = {
                 "args": vars(args),
-                "device": device.type,
                 "agent": agent.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "rng_state": torch.get_rng_state(),
-                "cuda_rng_state": torch.cuda.get_rng_state() if device.type == "cuda" else None,
+                "cuda_rng_state": torch.cuda.get_rng_state() if args.cuda else None,
                 "global_step": global_step,
                 "evaluations": evaluations,
                 "best_return": best_return,
-                "wall_seconds": time.time() - start_time,
-                "reference": reference,
-                "measured": measured,
-                "online_steps": online_steps,
                 "online_successes": online_successes,
+                "reference": reference,
+                "transition_count": transition_count,
             }
             if improved:
                 save(state, run_dir / "best.pt")
             save(state, run_dir / "checkpoint.pt")
 
     if args.capture_video:
-        obs, done = video_env.reset(seed=EVAL_SEED)[0], False
-        while not done:
-            obs, _, terminated, truncated, _ = video_env.step(agent.actor.act(obs[None])[0])
-            done = terminated or truncated
+        evaluate(gym.vector.SyncVectorEnv([lambda: video_env]), agent.actor.act, episodes=1)
         video_env.close()
         if args.track:
-            film = f"videos/{run_name}/{run_name}__{total_updates}-episode-0.mp4"
-            wandb.log({"video": wandb.Video(film)})
+            wandb.log({"video": wandb.Video(f"videos/{run_name}/rl-video-episode-0.mp4")})
     envs.close()
-    evaluations_file.close()
     writer.close()
-    before = next(row for row in evaluations if row["global_step"] == offline_updates)
+    run = f"{args.env_id} with {args.dataset_id}, {total_steps} steps, seed {args.seed}"
+    before = next(row for row in evaluations if row["global_step"] == args.offline_updates)
     print(f"before fine-tuning: {describe(before)}")
-    if "success_rate" in evaluations[-1] and online_successes:
-        regret = 1 - np.mean(online_successes)
-        print(f"regret (1 - success over the {len(online_successes)} online episodes): {regret:.3f}")
-    run = f"{args.env_id} with {args.dataset_id}, {total_updates} updates, seed {args.seed}"
+    if "success_rate" in before and online_successes:
+        print(f"regret, 1 - success over {len(online_successes)} online episodes: {1 - np.mean(online_successes):.3f}")
     print(f"final: {run}: {describe(evaluations[-1])}")
