@@ -121,10 +121,9 @@ class Args:
             raise ValueError("batch size, evaluation frequency, episodes and environments must be at least 1")
         if not (0 < self.expectile < 1 and 0 <= self.gamma <= 1 and 0 <= self.tau <= 1 and 0 <= self.actor_dropout < 1):
             raise ValueError("--expectile, --gamma, --tau and --actor-dropout must lie between 0 and 1")
-        if not (self.beta >= 0 and self.exploration_scale >= 0 and self.learning_rate > 0 and self.max_weight > 0):
-            raise ValueError("--learning-rate and --max-weight must be above 0, --beta, --exploration-scale not below")
-        if self.offline_updates < 0 or self.online_steps < 0 or 0 < self.online_steps <= self.learning_starts:
-            raise ValueError("--learning-starts must be less than --online-steps, and no length may be negative")
+        least = min(self.offline_updates, self.online_steps, self.learning_starts, self.exploration_scale, self.beta)
+        if not (least >= 0 and self.learning_rate > 0 and self.max_weight > 0):
+            raise ValueError("--learning-rate and --max-weight must be above 0, lengths, scale and --beta not below 0")
 
 
 # D4RL's horizon and returns of a random policy and of the expert (d4rl/infos.py), by Adroit task
@@ -464,6 +463,7 @@ if __name__ == "__main__":
     elif args.checkpoint:
         saved = load(args.checkpoint)
         args.offline_updates = 0
+    assert not 0 < args.online_steps <= args.learning_starts, "--online-steps must be more than --learning-starts"
     total_steps = args.offline_updates + args.online_steps
 
     # env setup

@@ -54,6 +54,7 @@ def minari_root(tmp_path_factory):
         warnings.simplefilter("ignore")  # Minari wants an author, an e-mail address and more
         patch.setenv("MINARI_DATASETS_PATH", str(root))
         write_dataset("tiny/good-v0")
+        write_dataset("tiny/other-v0", episodes=7, seed=1)
         write_dataset("tiny/empty-v0", episodes=0)
         write_dataset("tiny/wide-v0", observation_space=gym.spaces.Box(-10, 10, (4,)))
         write_dataset("tiny/threeactions-v0", action_space=gym.spaces.Box(-1, 1, (3,)))

@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parent.parent
 # 25 evaluations with a checkpoint each, in about two seconds
 RUN_LENGTHS = {
@@ -113,10 +115,15 @@ def run_dir(folder):
     return path
 
 
-def wait_until(condition, process, timeout=120):
-    """Poll a condition that comes true while `process` runs."""
+def saved_by(folder, name="checkpoint.pt"):
+    """A checkpoint of the one run in `folder`."""
+    return torch.load(run_dir(folder) / name, weights_only=True)
+
+
+def wait_until(condition, process, timeout=120, or_ended=False):
+    """Poll a condition that comes true while `process` runs, or before it has ended."""
     deadline = time.monotonic() + timeout
-    while not condition():
-        assert process.is_alive(), finish(process)
+    while not condition() and not (or_ended and not process.is_alive()):
+        assert process.is_alive() or or_ended, finish(process)
         assert time.monotonic() < deadline, "what the test waits for never came"
         time.sleep(0.0005)  # writing a checkpoint takes some milliseconds

@@ -1,48 +1,36 @@
-"""Whole runs on the bundled data: what they write, and that the same seed gives the same bits."""
+"""What whole runs write and print, and what may not change them."""
 
 import csv
 import json
 import re
-from concurrent.futures import ThreadPoolExecutor
 
+import gymnasium as gym
+import minari
 import numpy as np
-import processes
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT
+from processes import SCRIPTS, finish, run, run_dir, saved_by, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-COMMON = "--env-id AdroitHandPen-v1 --dataset-id bundled/pen/demos-v0 --batch-size 32 "
-COMMON += "--eval-episodes 2 --final-episodes 4 --eval-envs 2"
-OFFLINE, ONLINE = "--total-updates 600", "--offline-updates 300 --online-steps 150 --learning-starts 0"
-RUNS = {
-    "straight": ("iql_continuous.py", f"{OFFLINE} --eval-frequency 200"),
-    "seldom": ("iql_continuous.py", f"{OFFLINE} --eval-frequency 600"),
-    "finetune": ("iql_finetune.py", f"{ONLINE} --eval-frequency 150"),
-    "finetune_seldom": ("iql_finetune.py", f"{ONLINE} --eval-frequency 600"),
+import iql_continuous
+
+FLAGS = {
+    "iql_continuous": "--env-id tiny_env:Ending-v0 --total-updates 60",
+    "iql_finetune": "--env-id tiny_env:Ending-v0 --offline-updates 20 --online-steps 40 --learning-starts 10",
 }
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Every run's directory and output."""
-    folder = tmp_path_factory.mktemp("runs")
-
-    def run(name):
-        script, flags = RUNS[name]
-        return run_script(script, f"{COMMON} {flags} --exp-name {name}", folder)
-
-    with ThreadPoolExecutor(2) as pool:
-        outputs = dict(zip(RUNS, pool.map(run, RUNS), strict=True))
-    return {name: (next(folder.glob(f"runs/*__{name}__*")), outputs[name]) for name in RUNS}
+@pytest.fixture(scope="module", params=SCRIPTS)
+def finished(request, tmp_path_factory):
+    """A script, the folder of its run, which ends with other episodes than it began with, and what it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    printed = run(request.param, folder, f"{FLAGS[request.param]} --final-episodes 5 --exp-name named --seed 4")
+    return request.param, folder, printed
 
 
-def saved(run, name="checkpoint.pt"):
-    return torch.load(run[0] / name, weights_only=True)
-
-
-def rows(run):
-    with open(run[0] / "evaluations.csv") as file:
+def rows_of(folder):
+    with open(run_dir(folder) / "evaluations.csv") as file:
         return list(csv.DictReader(file))
 
 
@@ -50,106 +38,164 @@ def equal_bits(a, b):
     return all(torch.equal(a["agent"][name], b["agent"][name]) for name in a["agent"])
 
 
-def test_how_often_one_evaluates_changes_no_bit_of_training(runs):
-    assert equal_bits(saved(runs["straight"]), saved(runs["seldom"]))
-    assert equal_bits(saved(runs["finetune"]), saved(runs["finetune_seldom"]))
+def test_only_the_seed_changes_the_bits(finished, tmp_path):
+    """Not how often one evaluates, with how many environments, and on how many episodes."""
+    script, folder, _ = finished
+    other = "--eval-frequency 1000 --eval-episodes 3 --final-episodes 4 --eval-envs 3"
+    run(script, tmp_path / "seldom", f"{FLAGS[script]} --seed 4 {other}")
+    run(script, tmp_path / "seed", f"{FLAGS[script]} --seed 5")
+    assert equal_bits(saved_by(folder), saved_by(tmp_path / "seldom"))
+    assert not equal_bits(saved_by(folder), saved_by(tmp_path / "seed"))
 
 
-def test_another_seed_gives_other_weights(tmp_path):
-    for seed in "12":
-        processes.run("iql_continuous", tmp_path / seed, f"--total-updates 10 --seed {seed}")
-    first, second = ((processes.run_dir(tmp_path / seed), None) for seed in "12")
-    assert not equal_bits(saved(first), saved(second))
+def test_evaluations_are_the_same_in_the_table_the_checkpoint_tensorboard_and_the_output(finished):
+    script, folder, printed = finished
+    rows, saved = rows_of(folder), saved_by(folder)
+    assert [{name: str(value) for name, value in row.items()} for row in saved["evaluations"]] == rows
+    assert [int(row["global_step"]) for row in rows] == [0, 10, 20, 30, 40, 50, 60]
+    phase_ends = (60,) if script == "iql_continuous" else (20, 60)
+    assert [int(row["episodes"]) for row in rows] == [5 if 10 * k in phase_ends else 2 for k in range(7)]
+    if script == "iql_finetune":
+        assert [int(row["online_steps"]) for row in rows] == [0, 0, 0, 10, 20, 30, 40]
+    total = "total_updates" if script == "iql_continuous" else "total_steps"
+    assert {row[total] for row in rows} == {"60"}
+
+    events = EventAccumulator(str(run_dir(folder)), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    for name in ("episodes", "episodic_return", "episodic_return_std", "success_rate"):
+        logged = [(event.step, event.value) for event in events.Scalars(f"charts/{name}")]
+        assert logged == [(int(row["global_step"]), pytest.approx(float(row[name]))) for row in rows]
+    losses = {tag for tag in events.Tags()["scalars"] if tag.startswith("losses/")}
+    names = "v_loss qf_loss actor_loss qf_values v_values advantages weights clipped_weights"
+    assert losses == {f"losses/{name}" for name in names.split()}
+    updates = [10, 20, 30, 40, 50, 60] if script == "iql_continuous" else [10, 20, 40, 50, 60]
+    assert [event.step for event in events.Scalars("losses/v_loss")] == updates
+    rates = [event.value for event in events.Scalars("charts/SPS")]
+    assert len(rates) == len(updates) and min(rates) > 0
+    table = events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "|exp_name|named|" in table and "|beta|3.0|" in table
+
+    lines = printed.splitlines()
+    for evaluation in saved["evaluations"]:
+        assert iql_continuous.describe(evaluation) in lines
+    length = "60 updates" if script == "iql_continuous" else "60 steps"
+    final = f"final: {saved['args']['env_id']} with tiny/good-v0, {length}, seed 4: "
+    assert lines[-1] == final + iql_continuous.describe(saved["evaluations"][-1])
 
 
-def test_evaluations_csv_and_the_best_checkpoint(runs):
-    header = "global_step,episodes,episodic_return,episodic_return_std,normalized_score,success_rate,wall_seconds"
-    assert (runs["straight"][0] / "evaluations.csv").read_text().splitlines()[0] == header
-    table = rows(runs["straight"])
-    assert [(row["global_step"], row["episodes"]) for row in table] == [
-        ("0", "2"),
-        ("200", "2"),
-        ("400", "2"),
-        ("600", "4"),
-    ]
-    for row in table:
-        score = 100 * (float(row["episodic_return"]) - 96.262799) / (3076.8331017826877 - 96.262799)
-        assert float(row["normalized_score"]) == pytest.approx(score)
-        assert 0 <= float(row["success_rate"]) <= 1
-    best = saved(runs["straight"], "best.pt")
-    returns = [float(row["episodic_return"]) for row in table[:3]]
-    assert best["best_return"] >= max(returns)
-    if best["global_step"] < 600:
-        assert best["best_return"] == max(returns) == returns[best["global_step"] // 200]
-    assert (runs["finetune"][0] / "evaluations.csv").read_text().splitlines()[0] == header + ",online_steps"
-    phases = [("0", "0", "2"), ("150", "0", "2"), ("300", "0", "4"), ("450", "150", "4")]
-    assert [(row["global_step"], row["online_steps"], row["episodes"]) for row in rows(runs["finetune"])] == phases
-
-
-@pytest.mark.parametrize("name", ["straight", "finetune"])
-def test_args_json_explains_the_run(runs, name):
-    written = json.loads((runs[name][0] / "args.json").read_text())
-    assert written["args"] == saved(runs[name])["args"]
-    assert written["args"]["dataset_id"] == "bundled/pen/demos-v0" and written["args"]["exp_name"] == name
-    assert written["dataset"]["episodes"] == 25 and 100 < written["dataset"]["normalized_score"] < 115
-    assert written["random"]["episodes"] == 20 and abs(written["random"]["normalized_score"]) < 15
-
-
-@pytest.mark.parametrize("name", ["straight", "finetune"])
-def test_tensorboard(runs, name):
-    events = EventAccumulator(str(runs[name][0]), size_guidance={"scalars": 0, "tensors": 0}).Reload()
-    charts = "episodes episodic_return episodic_return_std normalized_score success_rate SPS"
-    losses = "v_loss qf_loss actor_loss qf_values v_values advantages weights clipped_weights"
-    tags = {f"charts/{tag}" for tag in charts.split()} | {f"losses/{tag}" for tag in losses.split()}
-    if name == "finetune":
-        tags |= {"charts/online_episodic_return", "charts/regret"}
-    assert set(events.Tags()["scalars"]) == tags
-    if name == "straight":
-        for tag, steps in (("charts/normalized_score", [0, 200, 400, 600]), ("losses/v_loss", [200, 400, 500, 600])):
-            assert [event.step for event in events.Scalars(tag)] == steps
-            assert np.isfinite([event.value for event in events.Scalars(tag)]).all()
-    hyperparameters = events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert "|dataset_id|bundled/pen/demos-v0|" in hyperparameters and "|beta|3.0|" in hyperparameters
-
-
-def test_what_is_printed(runs):
-    lines = runs["straight"][1].splitlines()
-    assert any(line.startswith("dataset: transitions=2500, episodes=25, episodic_return=") for line in lines)
-    assert any(line.startswith("random: episodes=20, episodic_return=") for line in lines)
-    last = rows(runs["straight"])[-1]
-    start = "final: AdroitHandPen-v1 with bundled/pen/demos-v0, 600 updates, seed 1: global_step=600, episodes=4, "
-    assert lines[-1].startswith(f"{start}episodic_return={round(float(last['episodic_return']), 2)}, ")
-    assert f", normalized_score={round(float(last['normalized_score']), 2)}, " in lines[-1]
-    assert any(line.startswith("before fine-tuning: ") for line in runs["finetune"][1].splitlines())
-
-
-def test_a_checkpoint_evaluates_to_the_runs_score_and_starts_fine_tuning(runs, tmp_path):
-    model = runs["straight"][0] / "checkpoint.pt"
-    flags = f"--env-id AdroitHandPen-v1 --checkpoint {model} --eval-episodes 2 --final-episodes 4 --eval-envs 2"
-    run_script("iql_continuous.py", f"{flags} --total-updates 0 --exp-name evaluated", tmp_path)
-    evaluated = (next(tmp_path.glob("runs/*__evaluated__*")), None)
-    last = rows(runs["straight"])[-1]
-    assert rows(evaluated)[0]["episodic_return"] == last["episodic_return"]
-    flags += " --dataset-id bundled/pen/demos-v0 --online-steps 110 --learning-starts 100 --exp-name tuned"
-    output = run_script("iql_finetune.py", flags, tmp_path)
-    assert "before fine-tuning: global_step=0, episodes=4, " in output
-    assert f" episodic_return={round(float(last['episodic_return']), 2)}, " in output
-    (path,) = tmp_path.glob("runs/*__tuned__*")
-    assert saved((path, None))["args"]["reward_scale"] == 0.05  # the model's, not this script's default
-    # a run begun with a checkpoint resumes without it, and longer
-    model.rename(model.with_suffix(".away"))
-    try:
-        output = run_script("iql_finetune.py", f"--resume {path} --online-steps 120", tmp_path)
-    finally:
-        model.with_suffix(".away").rename(model)
-    assert "global_step=120, " in output.splitlines()[-1]
-
-
-@pytest.mark.parametrize("script", ["iql_continuous.py", "iql_finetune.py"])
-def test_the_scripts_own_dependencies_are_those_of_requirements_txt(script):
-    head = re.search(r"^# /// script\n(.*?)^# ///$", (ROOT / script).read_text(), re.DOTALL | re.MULTILINE)[1]
-    requirements = (ROOT / "requirements.txt").read_text().split("# the figure")[0]
-    assert re.findall(r'"(\S+)",', head) == [line for line in requirements.splitlines() if not line.startswith("#")] + (
-        re.findall(r'">=3.11",', head)
+def test_args_json_explains_the_run(finished):
+    script, folder, printed = finished
+    written, saved = json.loads((run_dir(folder) / "args.json").read_text()), saved_by(folder)
+    assert written["args"] == saved["args"]
+    defaults = vars(__import__(script).Args())
+    given = (
+        "seed exp_name env_id dataset_id cuda batch_size eval_frequency eval_episodes final_episodes eval_envs".split()
     )
+    given += ["total_updates"] if script == "iql_continuous" else ["offline_updates", "online_steps", "learning_starts"]
+    resolved = {"reward_scale": 1.0, "reward_shift": 0.0}
+    assert written["args"] == {**defaults, **{name: written["args"][name] for name in given}, **resolved}
+    assert written["args"]["dataset_id"] == "tiny/good-v0" and written["args"]["seed"] == 4
+    returns = [episode.rewards.sum() for episode in minari.load_dataset("tiny/good-v0").iterate_episodes()]
+    dataset = {"transitions": 40, **iql_continuous.summarize(np.array(returns), None, None)}
+    assert written["dataset"] == pytest.approx(dataset)
+    envs = gym.vector.SyncVectorEnv([iql_continuous.make_env("tiny_env:Ending-v0")] * 2)
+    rng = np.random.default_rng(iql_continuous.EVAL_SEED)
+    returns, _ = iql_continuous.evaluate(envs, lambda _: rng.uniform(-1, 1, (2, 2)), 20)
+    assert written["random"] == pytest.approx(iql_continuous.summarize(returns, None, None))
+    for name in ("dataset", "random"):
+        assert f"{name}: {iql_continuous.describe(written[name])}" in printed.splitlines()
+
+
+@pytest.mark.parametrize("script, expectile, scale", [("iql_continuous", 0.7, 0.05), ("iql_finetune", 0.8, 0.005)])
+def test_adroit_has_its_settings_under_every_name(script, expectile, scale, tmp_path):
+    length = "--total-updates 0" if script == "iql_continuous" else "--offline-updates 0 --online-steps 0"
+    flags = f"--env-id AdroitHandPen --dataset-id bundled/pen/demos-v0 --no-cuda {length}"
+    printed = run(script, tmp_path, f"{flags} --final-episodes 1 --eval-envs 1 --eval-episodes 1", tiny=False)
+    assert printed.splitlines()[-1].startswith("final: AdroitHandPen-v1 with bundled/pen/demos-v0, 0 ")
+    args = json.loads((run_dir(tmp_path) / "args.json").read_text())["args"]
+    assert (args["env_id"], args["expectile"], args["reward_scale"]) == ("AdroitHandPen-v1", expectile, scale)
+    (row,) = rows_of(tmp_path)
+    score = 100 * (float(row["episodic_return"]) - 96.262799) / (3076.8331017826877 - 96.262799)
+    assert float(row["normalized_score"]) == pytest.approx(score)
+
+
+def test_best_pt_is_the_best_evaluation_on_the_start_states_that_all_share(finished, tmp_path):
+    """Its policy is evaluated again. The last evaluation has more episodes, whose mean would win."""
+    script, folder, _ = finished
+    best, last = saved_by(folder, "best.pt"), saved_by(folder)
+    envs = gym.vector.SyncVectorEnv([iql_continuous.make_env(last["args"]["env_id"])] * 2)
+    agent = iql_continuous.Agent(3, 2)
+    agent.load_state_dict(best["agent"])
+    returns, _ = iql_continuous.evaluate(envs, agent.actor.act, 2)
+    assert best["best_return"] == last["best_return"] == pytest.approx(returns.mean())
+    means = {row["global_step"]: row["episodic_return"] for row in last["evaluations"]}
+    ordinary = {row["global_step"]: row["episodic_return"] for row in last["evaluations"] if row["episodes"] == 2}
+    agent.load_state_dict(last["agent"])
+    returns, _ = iql_continuous.evaluate(envs, agent.actor.act, 2)
+    assert max(ordinary, key=ordinary.get) == best["global_step"], (ordinary, returns.mean())
+    assert means[60] > best["best_return"] > returns.mean()
+
+
+def test_a_checkpoint_keeps_its_statistics_and_units_and_evaluates_to_its_score(finished, tmp_path):
+    script, folder, _ = finished
+    path = run_dir(folder) / "checkpoint.pt"
+    before = saved_by(folder)
+    same = f"--env-id {before['args']['env_id']} --checkpoint {path} --final-episodes 5"
+    if script == "iql_continuous":
+        run(script, tmp_path / "evaluated", f"{same} --total-updates 0 --dataset-id None")
+        (row,), args = rows_of(tmp_path / "evaluated"), saved_by(tmp_path / "evaluated")["args"]
+        assert row["episodic_return"] == rows_of(folder)[-1]["episodic_return"]
+        assert args["dataset_id"] is None  # none was read
+    state = torch.load(path, weights_only=True)
+    state["args"] |= {"reward_scale": 0.125, "reward_shift": -0.5}
+    torch.save(state, tmp_path / "scaled.pt")
+    flags = f"{FLAGS['iql_finetune']} --env-id {before['args']['env_id']} --checkpoint {tmp_path / 'scaled.pt'}"
+    printed = run("iql_finetune", tmp_path / "tuned", f"{flags} --dataset-id tiny/other-v0 --final-episodes 5")
+    saved = saved_by(tmp_path / "tuned")
+    for name in ("actor.obs_mean", "actor.obs_std"):
+        assert torch.equal(saved["agent"][name], before["agent"][name])
+    args = {name: saved["args"][name] for name in ("dataset_id", "reward_scale", "reward_shift", "offline_updates")}
+    assert args == {"dataset_id": "tiny/other-v0", "reward_scale": 0.125, "reward_shift": -0.5, "offline_updates": 0}
+    first = saved["evaluations"][0]
+    assert first["episodic_return"] == before["evaluations"][-1]["episodic_return"] and first["online_steps"] == 0
+    assert f"before fine-tuning: {iql_continuous.describe(first)}\n" in printed
+
+
+MOVIEPY = """
+class ImageSequenceClip:
+    def __init__(self, frames, fps):
+        self.frames = len(frames)
+
+    def write_videofile(self, path, **kwargs):
+        open(path, "w").write(str(self.frames))
+"""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_final_policy_is_filmed_for_one_episode(script, tmp_path):
+    folder = tmp_path / "moviepy" / "video" / "io"
+    folder.mkdir(parents=True)
+    for package in (folder, folder.parent, folder.parent.parent):
+        (package / "__init__.py").touch()
+    (folder / "ImageSequenceClip.py").write_text(MOVIEPY)
+    path = f"{tmp_path}:{ROOT / 'tests'}"
+    flags = f"{FLAGS[script]} --env-id tiny_env:Tiny-v0 --capture-video"
+    done = finish(start(script, tmp_path, flags, PYTHONPATH=path))
+    assert done.returncode == 0, done.stderr
+    films = [f"{path.parent.name}/{path.name} {path.read_text()}" for path in tmp_path.glob("videos/*/*.mp4")]
+    assert films == [f"{run_dir(tmp_path).name}/rl-video-episode-0.mp4 11"]  # the start and ten steps
+    dark = finish(start(script, tmp_path / "dark", f"{flags} --env-id tiny_env:Dark-v0", PYTHONPATH=path))
+    assert dark.returncode != 0 and "no screen" in dark.stderr and not (tmp_path / "dark" / "runs").exists()
+
+
+def test_two_runs_of_one_name_in_one_second_share_no_folder(tmp_path):
+    processes = [start("iql_continuous", tmp_path, "--total-updates 0") for _ in range(4)]
+    codes = [finish(process).returncode for process in processes]
+    assert codes.count(0) == len(list((tmp_path / "runs").iterdir()))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_scripts_own_dependencies_are_those_of_requirements_txt(script):
+    head = re.search(r"^# /// script\n(.*?)^# ///$", (ROOT / f"{script}.py").read_text(), re.DOTALL | re.MULTILINE)[1]
+    requirements = (ROOT / "requirements.txt").read_text().split("# the figure")[0]
+    assert re.findall(r'"(\S+)",', head) == [line for line in requirements.splitlines() if not line.startswith("#")]
     assert 'requires-python = ">=3.11"' in head

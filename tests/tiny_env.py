@@ -48,6 +48,37 @@ class Tiny(gym.Env):
         return np.zeros((16, 16, 3), np.uint8)
 
 
+class Ending(Tiny):
+    """Where a start's first number is positive, the second step alone is a success and the fifth a termination.
+
+    The third and later episodes of an evaluation give 100 more at each step.
+    """
+
+    def reset(self, seed=None, options=None):
+        obs, info = super().reset(seed=seed)
+        self.steps, self.ends, self.more = 0, obs[0] > 0, 100.0 * (1_000_002 <= seed < 1_001_000) if seed else 0.0
+        return obs, info
+
+    def step(self, action):
+        obs, reward, _, truncated, _ = super().step(action)
+        self.steps += 1
+        success = self.ends and self.steps == 2
+        return obs, reward + self.more, bool(self.ends and self.steps == 5), truncated, {"success": success}
+
+
+class Unstable(Tiny):
+    """Gives NaN in the third step of every second episode, but not of those that evaluations begin."""
+
+    def reset(self, seed=None, options=None):
+        self.steps, self.breaks = 0, seed and seed % 2 == 0 and not 1_000_000 <= seed < 1_001_000
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        obs, *more = super().step(action)
+        self.steps += 1
+        return (obs * np.nan if self.breaks and self.steps == 3 else obs), *more
+
+
 VARIANTS = {
     "Tiny": {},
     "Dark": {},
@@ -58,16 +89,20 @@ VARIANTS = {
     "UnboundedAction": {"action_space": gym.spaces.Box(-np.inf, np.inf, (2,))},
 }
 gym.register("Endless-v0", entry_point=Tiny)
+gym.register("Ending-v0", entry_point="tiny_env:Ending", max_episode_steps=10)
+gym.register("Unstable-v0", entry_point="tiny_env:Unstable", max_episode_steps=10)
 for name, kwargs in VARIANTS.items():
     gym.register(f"{name}-v0", entry_point=Tiny, max_episode_steps=10, kwargs=kwargs)
 
 
-def write_dataset(dataset_id, episodes=4, observation_space=OBSERVATIONS, action_space=ACTIONS, change=None, steps=10):
+def write_dataset(
+    dataset_id, episodes=4, observation_space=OBSERVATIONS, action_space=ACTIONS, change=None, steps=10, seed=0
+):
     """Random episodes into the Minari root; `change` edits the arrays of the last one before they are written."""
     import minari  # here, because the environments do without
     from minari.data_collector import EpisodeBuffer
 
-    rng, buffers = np.random.default_rng(0), []
+    rng, buffers = np.random.default_rng(seed), []
     for k in range(episodes):
         arrays = {
             "observations": rng.normal(size=(steps + 1, *observation_space.shape)).astype(np.float32),
