@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.11,<3.14"
 # dependencies = [
 #     "torch==2.13.0",
 #     "numpy==2.4.6",
@@ -52,9 +52,9 @@ class Args:
     torch_deterministic: bool = True
     """if toggled, only deterministic algorithms are used: the same seed gives the same bits on the same machine"""
     cuda: bool = True
-    """if toggled, cuda will be used where there is a GPU"""
+    """if toggled, cuda will be used if there is a GPU"""
     cudagraphs: bool = True
-    """if toggled, a GPU runs the update as one CUDA graph; --no-cudagraphs if it cannot be captured"""
+    """if toggled, the update runs as one CUDA graph on a GPU; use --no-cudagraphs if it cannot be captured"""
     track: bool = False
     """if toggled, this experiment will be tracked with Weights and Biases"""
     wandb_project_name: str = "iql"
@@ -64,33 +64,33 @@ class Args:
     capture_video: bool = False
     """whether to film one episode of the final policy (check out the `videos` folder)"""
     checkpoint: str | None = None
-    """a checkpoint.pt or best.pt to start from (with --total-updates 0 it is only evaluated, and needs no dataset)"""
+    """a checkpoint.pt or best.pt to start from; --total-updates 0 only evaluates it and needs no dataset"""
     resume: str | None = None
-    """the directory of a run to continue with its own arguments, or those given anew"""
+    """the directory of a run to continue; its own arguments hold unless given again"""
 
     # Algorithm specific arguments
     env_id: str = "AdroitHandHammer-v1"
     """the id of the environment"""
     dataset_id: str | None = None
-    """the id of the Minari dataset (default: the D4RL expert set of the Adroit task)"""
+    """the id of the Minari dataset (default: the checkpoint's, else the D4RL expert set of the Adroit task)"""
     max_episodes: int | None = None
-    """use only this many episodes, the dataset's first"""
+    """number of episodes to use, the dataset's first (default: all)"""
     total_updates: int = 1_000_000
-    """number of updates; a resumed run may be given more"""
+    """number of updates; can be raised on resume"""
     batch_size: int = 256
     """the batch size of samples from the dataset"""
     learning_rate: float = 3e-4
-    """the learning rate of all optimizers; the actor's falls to 0 on a cosine"""
+    """the learning rate of all optimizers; the actor's decays to 0 on a cosine"""
     gamma: float = 0.99
     """the discount factor gamma"""
     tau: float = 0.005
     """target smoothing coefficient"""
     expectile: float = 0.7
-    """the expectile of V's regression (tau in the paper): 0.5 is SARSA, near 1 the best action in the data"""
+    """the expectile that V regresses to (tau in the paper): 0.5 is SARSA, near 1 the best action in the data"""
     beta: float = 3.0
     """inverse temperature of the actor's advantage weights: 0 is behavior cloning"""
     max_weight: float = 100.0
-    """upper limit of the advantage weights"""
+    """upper limit on the advantage weights"""
     actor_dropout: float = 0.1
     """dropout rate of the actor's hidden layers"""
     normalize_obs: bool = True
@@ -98,23 +98,23 @@ class Args:
     reward_scale: float | None = None
     """factor on the rewards in training (default: the checkpoint's, else 0.05 for Adroit, 1 elsewhere)"""
     reward_shift: float | None = None
-    """added to the rewards before they are scaled, such as -1 for AntMaze (default: the checkpoint's, else 0)"""
+    """added to the rewards in training before scaling, e.g. -1 for AntMaze (default: the checkpoint's, else 0)"""
     eval_frequency: int = 5000
-    """number of updates between two evaluations"""
+    """number of updates between evaluations"""
     eval_episodes: int = 20
-    """number of episodes of an evaluation"""
+    """number of episodes per evaluation"""
     final_episodes: int = 100
     """number of episodes of the last evaluation, which is the run's score"""
     eval_envs: int = 10
-    """number of parallel evaluation environments, a process each"""
+    """number of parallel evaluation environments, each in its own process"""
 
     def __post_init__(self):
         if min(self.batch_size, self.eval_frequency, self.eval_episodes, self.final_episodes, self.eval_envs) < 1:
             raise ValueError("batch size, evaluation frequency, episodes and environments must be at least 1")
         if not (0 < self.expectile < 1 and 0 <= self.gamma <= 1 and 0 <= self.tau <= 1 and 0 <= self.actor_dropout < 1):
             raise ValueError("--expectile, --gamma, --tau and --actor-dropout must lie between 0 and 1")
-        if not (self.total_updates >= 0 and self.beta >= 0 and self.learning_rate > 0 and self.max_weight > 0):
-            raise ValueError("--total-updates and --beta must be at least 0, --learning-rate and --max-weight above 0")
+        if min(self.total_updates, self.beta, self.max_weight, self.max_episodes or 0) < 0 or self.learning_rate <= 0:
+            raise ValueError("--learning-rate must be above 0, --total-updates, --beta and --max-weight at least 0")
 
 
 # D4RL's horizon and returns of a random policy and of the expert (d4rl/infos.py), by Adroit task
@@ -145,7 +145,7 @@ class D4RLRules(gym.Wrapper):
 
 
 def make_env(env_id, **kwargs):
-    """Thunk of an environment with observations (obs_dim,) and actions (act_dim,) in [-1, 1]."""
+    """A function that makes an environment with observations (obs_dim,) and actions (act_dim,) in [-1, 1]."""
 
     def thunk():
         env = gym.make(env_id, **kwargs)
@@ -184,14 +184,13 @@ def evaluate(envs, policy, episodes):
 
 def summarize(returns, successes, reference):
     """Statistics of episodes by name; a normalized score is 0 and 100 at the two `reference` returns, if there are."""
-    summary = {"episodes": len(returns), "episodic_return": returns.mean().item()}
-    summary["episodic_return_std"] = returns.std().item()
+    mean, std = returns.mean().item(), returns.std().item()
+    row = {"episodes": len(returns), "episodic_return": mean, "episodic_return_std": std}
     if reference:
-        random_return, expert_return = reference
-        summary["normalized_score"] = 100 * (returns.mean().item() - random_return) / (expert_return - random_return)
+        row["normalized_score"] = 100 * (mean - reference[0]) / (reference[1] - reference[0])
     if successes is not None:
-        summary["success_rate"] = successes.mean().item()
-    return summary
+        row["success_rate"] = successes.mean().item()
+    return row
 
 
 def describe(summary):
@@ -210,10 +209,10 @@ def load_dataset(env_id, dataset_id=None):
         try:
             minari.download_dataset(wanted)
         except Exception as error:  # whatever the libraries between here and the server raise
-            reason, _, _ = f"{wanted} could not be downloaded ({type(error).__name__}: {error}".partition("\n")
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
             if dataset_id or not (bundled / demos).exists():
-                sys.exit(f"{reason}): check the network and the id, `minari list remote` lists all.")
-            print(f"{reason}). Using {demos}: ITS SCORES ARE NOT D4RL SCORES.")
+                sys.exit(f"{wanted} cannot be downloaded ({reason}): check the network and the id.")
+            print(f"{wanted} cannot be downloaded ({reason}). Using {demos}: ITS SCORES ARE NOT D4RL SCORES.")
             path = bundled / demos
     try:
         return minari.MinariDataset(path / "data")
@@ -231,7 +230,7 @@ def load_transitions(dataset, env, max_episodes=None):
         print(f"WARNING: {dataset.id} was recorded in {dataset.env_spec.id}, not in {env.spec.id}.", file=sys.stderr)
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     transitions = {"observations": [], "actions": [], "rewards": [], "next_observations": [], "terminations": []}
-    episodic_returns, indices = [], range(dataset.total_episodes)[:max_episodes]
+    episodic_returns, indices = [], range(dataset.total_episodes)[: max_episodes or None]
     try:
         episodes = list(tqdm(dataset.iterate_episodes(indices), "reading", len(indices), disable=None))
     except OSError as error:
@@ -239,7 +238,8 @@ def load_transitions(dataset, env, max_episodes=None):
     for episode in episodes:
         T, obs = len(episode.rewards), episode.observations
         if isinstance(obs, dict):  # in the environment's order, as FlattenObservation has it: Minari sorts the keys
-            obs = np.concatenate([obs[key].reshape(T + 1, -1) for key in env.unwrapped.observation_space], 1)
+            keys = getattr(env.unwrapped.observation_space, "spaces", obs)
+            obs = np.concatenate([obs[key].reshape(T + 1, -1) for key in keys if key in obs], 1)
         obs = obs.reshape(len(obs), -1)
         shapes = [obs.shape, episode.actions.shape, episode.rewards.shape, episode.terminations.shape]
         if shapes != (fitting := [(T + 1, obs_dim), (T, act_dim), (T,), (T,)]):
@@ -284,7 +284,7 @@ class Critic(nn.Module):
 
 
 class Actor(nn.Module):
-    """Gaussian policy over actions in [-1, 1]: a tanh mean, a standard deviation that no state changes."""
+    """Gaussian policy over actions in [-1, 1]: a tanh mean, a state-independent standard deviation."""
 
     def __init__(self, obs_dim, act_dim):
         super().__init__()
@@ -307,7 +307,7 @@ class Actor(nn.Module):
         return (-0.5 * ((a - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)).sum(1)
 
     def normalize(self, obs):
-        """The environment's observations (batch, obs_dim), NumPy, as the networks take them: float32, standardized."""
+        """The environment's observations (..., obs_dim), NumPy, as the networks take them: float32, standardized."""
         x = torch.as_tensor(obs, device=self.obs_mean.device, dtype=torch.float64)
         return (x - self.obs_mean).div_(self.obs_std).float()
 
@@ -339,14 +339,14 @@ def make_optimizers(agent, learning_rate):
 
 
 def expectile_loss(u, expectile):
-    """Mean of |expectile - 1(u < 0)| u^2 (Section 4.1): its minimizer is the expectile of what u is measured from."""
+    """Mean of |expectile - 1(u < 0)| u^2 (Section 4.1): its minimizer is the expectile, where u = target - V."""
     return (torch.abs(expectile - (u < 0).float()) * u**2).mean()
 
 
 def update(agent, optimizers, data, args):
     """One IQL update on a batch of transitions: V, then with the new V actor and critics, then the targets.
 
-    Returns a dict of tensors on the device, losses () and values (batch,): nothing here waits for it.
+    Returns a dict of tensors on the device, losses () and values (batch,): nothing here waits for the device.
     """
     v_optimizer, actor_optimizer, q_optimizer = optimizers
     obs, actions = data["observations"], data["actions"]
@@ -414,7 +414,7 @@ def capture(step):
 
 
 def save(state, path):
-    """Write a checkpoint: whatever happens meanwhile, `path` is the old file or the complete new one."""
+    """Write a checkpoint: wherever the process is killed, `path` is the old file or the complete new one."""
     torch.save(state, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
@@ -425,9 +425,9 @@ def load(path):
         if ZipFile(path).testzip():  # torch.load does not look at the checksums
             raise BadZipFile("a checksum is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        return {**saved, "args": saved["args"]}  # a KeyError, if it is another program's
+        return {**saved, "args": saved["args"]}  # a KeyError if another program wrote it
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, BadZipFile, UnpicklingError, zlib.error) as error:
-        sys.exit(f"{path} is damaged or not a checkpoint of these scripts ({type(error).__name__}: {error}).")
+        sys.exit(f"{path} is missing, damaged or not a checkpoint of these scripts ({type(error).__name__}: {error}).")
 
 
 if __name__ == "__main__":
@@ -441,8 +441,8 @@ if __name__ == "__main__":
         fixed = "dataset_id max_episodes seed normalize_obs reward_scale reward_shift eval_episodes checkpoint"
         for name in fixed.split():
             if getattr(args, name) != saved["args"][name]:
-                sys.exit(f"--{name} {getattr(args, name)} would make another run of {args.resume}: begin a new one.")
-        if args.total_updates < saved["global_step"]:
+                sys.exit(f"{name}={getattr(args, name)} would make another run of {args.resume}: begin a new one.")
+        if args.total_updates <= saved["global_step"] and args.total_updates != saved["args"]["total_updates"]:
             sys.exit(f"{args.resume} has done {saved['global_step']} updates already: give more, or begin a new run.")
     elif args.checkpoint:
         saved = load(args.checkpoint)
@@ -460,7 +460,7 @@ if __name__ == "__main__":
                 worker.kill()
             begun = (run_dir / "checkpoint.pt").exists()
             go_on = f"go on with python {sys.argv[0]} --resume {run_dir}" if begun else "start again, nothing is saved"
-            print(f"\nStopped: {go_on}", file=sys.stderr, flush=True)
+            os.write(2, f"\nStopped: {go_on}\n".encode())  # print may be what the signal interrupted
         os._exit(128 + signum)
 
     signal.signal(signal.SIGINT, stop)
@@ -489,12 +489,12 @@ if __name__ == "__main__":
             sys.exit(f"{args.resume or args.checkpoint} is of {saved['args']['env_id']}, not of {args.env_id}.")
         agent.load_state_dict(saved["agent"])
         reference, args.normalize_obs = saved["reference"], saved["args"]["normalize_obs"]
-    units = saved["args"] if saved else {"reward_scale": 0.05 if task else 1.0, "reward_shift": 0.0}
-    args.reward_scale = units["reward_scale"] if args.reward_scale is None else args.reward_scale
-    args.reward_shift = units["reward_shift"] if args.reward_shift is None else args.reward_shift
+    defaults = saved["args"] if saved else {"reward_scale": 0.05 if task else 1.0, "reward_shift": 0.0}
+    args.reward_scale = defaults["reward_scale"] if args.reward_scale is None else args.reward_scale
+    args.reward_shift = defaults["reward_shift"] if args.reward_shift is None else args.reward_shift
     transitions, transition_count, measured = {}, 0, {}
     if args.total_updates > 0 or not saved:
-        dataset = load_dataset(args.env_id, args.dataset_id)
+        dataset = load_dataset(args.env_id, args.dataset_id or defaults.get("dataset_id"))
         args.dataset_id = dataset.id
         transitions, dataset_returns = load_transitions(dataset, env, args.max_episodes)
         transition_count = len(transitions["rewards"])
@@ -520,7 +520,7 @@ if __name__ == "__main__":
     first_step, evaluations, best_return, start_time = 0, [], -math.inf, time.time()
     if args.resume:
         assert args.cuda == saved["args"]["cuda"], f"{run_dir} ran on another device: resume it there"
-        assert transition_count == saved["transition_count"], f"{args.dataset_id} has changed: begin a new run"
+        assert transition_count == saved["transition_count"], "the dataset has changed: begin a new run"
         first_step, evaluations, best_return = saved["global_step"] + 1, saved["evaluations"], saved["best_return"]
         start_time -= evaluations[-1]["wall_seconds"]
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
@@ -543,7 +543,7 @@ if __name__ == "__main__":
     writer = SummaryWriter(run_dir, purge_step=first_step)
     hyperparameters = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{hyperparameters}")
-    print(f"{run_dir}: {args.env_id} with {args.dataset_id} on {device}, from update {first_step}")
+    print(f"{run_dir}: {args.env_id} with {args.dataset_id or args.checkpoint} on {device}, from update {first_step}")
     for name, summary in measured.items():
         print(f"{name}: {describe(summary)}", flush=True)
 
@@ -616,5 +616,5 @@ if __name__ == "__main__":
             wandb.log({"video": wandb.Video(f"videos/{run_name}/rl-video-episode-0.mp4")})
     envs.close()
     writer.close()
-    run = f"{args.env_id} with {args.dataset_id}, {args.total_updates} updates, seed {args.seed}"
-    print(f"final: {run}: {describe(evaluations[-1])}")
+    source = args.dataset_id or args.checkpoint
+    print(f"final: {args.env_id} with {source}, seed {args.seed}: {describe(evaluations[-1])}")

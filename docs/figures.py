@@ -1,6 +1,6 @@
 """Draws the pictures of README and docs, by importing the scripts: an example of using their pieces.
 
-python docs/figures.py tau                                                       # docs/tau.png
+python docs/figures.py expectile                                                 # docs/expectile.png
 python docs/figures.py returns runs/PEN/checkpoint.pt runs/HAMMER/checkpoint.pt  # docs/returns.png
 MUJOCO_GL=egl python docs/figures.py animation runs/HAMMER/checkpoint.pt         # docs/hammer.gif
 """
@@ -42,7 +42,7 @@ def random_action(rng, shape, obs):
 
 
 def draw_returns(paths):
-    """The return of each of 20 episodes: a trained policy next to a random one."""
+    """The returns of 20 episodes, each from another start: a trained policy next to a random one."""
     figure, axes = plt.subplots(1, len(paths), figsize=(4.2 * len(paths), 3.2), dpi=120, layout="constrained")
     for ax, path in zip(np.atleast_1d(axes), paths, strict=True):
         env_id, policy = load_policy(path)
@@ -50,9 +50,10 @@ def draw_returns(paths):
         random_policy = partial(random_action, rng, envs.action_space.shape)
         both = {"IQL": iql.evaluate(envs, policy, 20), "random": iql.evaluate(envs, random_policy, 20)}
         for (name, (returns, _)), color in zip(both.items(), COLORS, strict=False):
-            ax.plot(np.arange(1, 21), returns, "o-", color=color, label=f"{name}, mean {returns.mean():.0f}")
+            ax.plot(np.arange(1, 21), returns, "o", color=color, label=name)
+            ax.axhline(returns.mean(), color=color, linestyle="--", label=f"its mean, {returns.mean():.0f}")
         ax.set(title=env_id, xlabel="episode", ylabel="return")
-        ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+        ax.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
         ax.grid(alpha=0.3)
     figure.savefig(DOCS / "returns.png")
 
@@ -69,18 +70,18 @@ def train_in_maze(expectile):
     return agent
 
 
-def draw_tau():
+def draw_expectile():
     """Expectiles of a sample, and what V and the policy learn in a maze for two expectiles."""
-    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.3), dpi=120, layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.2), dpi=120, layout="constrained")
     sample = torch.tensor(np.random.default_rng(0).gamma(2.0, size=2000))
     axes[0].hist(sample, bins=50, color="lightgray")
     for expectile, color in zip((0.5, 0.7, 0.9), COLORS, strict=True):
         candidates = torch.linspace(0, 8, 801, dtype=torch.float64)
         losses = [iql.expectile_loss(sample - m, expectile) for m in candidates]
         m = candidates[int(torch.stack(losses).argmin())].item()
-        axes[0].axvline(m, color=color, label=f"tau {expectile}: {m:.2f}")
+        axes[0].axvline(m, color=color, label=f"{expectile}: {m:.2f}")
     axes[0].set(title="expectiles of a sample", xlabel="value", ylabel="count")
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=9, title="expectile")
     for ax, expectile in zip(axes[1:], (0.5, 0.9), strict=True):
         agent, env = train_in_maze(expectile), Maze()
         for a, b in Maze.CORRIDORS:
@@ -88,17 +89,11 @@ def draw_tau():
         with torch.no_grad():
             cells = torch.tensor(list(Maze.CELLS.values()), dtype=torch.float32)
             values = [Maze.ENDS.get(name, v.item()) for name, v in zip(Maze.CELLS, agent.vf(cells), strict=True)]
-        points = ax.scatter(*cells.T, c=values, cmap="viridis", vmin=0, vmax=1, s=700, zorder=2)
+        points = ax.scatter(*cells.T, c=values, cmap="viridis", vmin=0, vmax=1, s=600, zorder=2)
         for (name, xy), value in zip(Maze.CELLS.items(), values, strict=True):
             prize = f"prize {Maze.ENDS[name]:g}" if name in Maze.ENDS else f"V {value:.2f}"
-            ax.annotate(
-                f"{name}, {prize}",
-                xy,
-                (0, 21 if xy[1] > 0 else -27),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8,
-            )
+            offset = (0, 19 if xy[1] > 0 else -27)
+            ax.annotate(f"{name}, {prize}", xy, offset, textcoords="offset points", ha="center", fontsize=9)
         obs, done, path = env.reset()[0], False, [Maze.CELLS["S"]]
         while not done and len(path) < 8:
             obs, _, done, _, _ = env.step(agent.actor.act(obs[None])[0])
@@ -106,11 +101,11 @@ def draw_tau():
         for start, end in zip(path, path[1:], strict=False):
             arrow = {"arrowstyle": "-|>", "color": COLORS[1], "linewidth": 2.5}
             ax.annotate("", end, start, arrowprops=arrow, zorder=3)
-        ax.set(title=f"tau {expectile}: V, greedy path", xlim=(-1.6, 1.6), ylim=(-1.8, 1.8))
+        ax.set(title=f"expectile {expectile}", xlim=(-1.55, 1.55), ylim=(-1.8, 1.8))
         ax.set_xticks([])
         ax.set_yticks([])
     figure.colorbar(points, ax=axes[2], label="V")
-    figure.savefig(DOCS / "tau.png")
+    figure.savefig(DOCS / "expectile.png")
 
 
 def draw_animation(path):
@@ -127,9 +122,9 @@ def draw_animation(path):
 
 
 if __name__ == "__main__":
-    what, *paths = sys.argv[1:] or ["tau"]
-    if what == "tau":
-        draw_tau()
+    what, *paths = sys.argv[1:] or ["expectile"]
+    if what == "expectile":
+        draw_expectile()
     elif what == "returns" and paths:
         draw_returns(paths)
     elif what == "animation" and len(paths) == 1:

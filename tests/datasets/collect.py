@@ -56,7 +56,7 @@ if __name__ == "__main__":
         strict=True,
     )
     os.environ["MINARI_DATASETS_PATH"] = str(ROOT)
-    dataset_id = f"bundled/{iql.adroit_task(env_id)}/demos-v0"
+    dataset_id = f"bundled/{iql.TASKS[env_id]}/demos-v0"
     shutil.rmtree(ROOT / dataset_id, ignore_errors=True)
     minari.create_dataset_from_buffers(
         dataset_id,
@@ -69,7 +69,7 @@ if __name__ == "__main__":
         description="Rollouts of a policy trained by this repository, see tests/datasets/README.md. Not D4RL data.",
     )
     returns = np.array([episode.rewards.sum() for episode in episodes])
-    score = iql.summarize(returns, np.array(successes), iql.ADROIT[iql.adroit_task(env_id)][1:])
+    score = iql.summarize(returns, np.array(successes), iql.ADROIT[iql.TASKS[env_id]][1:])
     steps = sum(len(episode.rewards) for episode in episodes)
     print(f"{dataset_id}: {EPISODES} episodes, {steps} steps, return {returns.mean():.1f} +- {returns.std():.1f}")
     print(score)
