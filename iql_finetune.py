@@ -88,7 +88,7 @@ class Args:
     learning_rate: float = 3e-4
     """the learning rate of all optimizers"""
     anneal_lr: bool = True
-    """if toggled, the actor's learning rate decays to 0 on a cosine over the online steps; the official code has it constant"""
+    """if toggled, the actor's learning rate decays to 0 on a cosine online; the official code keeps it constant"""
     gamma: float = 0.99
     """the discount factor gamma"""
     tau: float = 0.005
