@@ -1,71 +1,139 @@
-"""Updates a second of the scripts' own `update`, and how near that is to the fastest that this machine could do.
+"""Milliseconds of one training step, sampling included: ours, the matrix products alone, d3rlpy's and TorchRL's IQL.
 
-    python tests/benchmark_updates.py [--script iql_finetune] [--device cuda] [--threads 2]
+    python tests/benchmark_updates.py --threads 1
 
-The bound is the rate of the update's 44 matrix products alone, forward and backward, each into memory that is already
-there: no losses, no optimizer, no sampling, no Python to speak of. Both are measured in turns, so that the fraction
-survives a machine whose speed drifts. This is no test: nothing is asserted about a time.
+All of them take turns, so that what they say of one another survives a machine whose speed drifts. The products are
+an update's 44, forward and backward, into memory that is already there: nothing is faster than they are by much.
+A library that is not installed is left out. Both are, with the script's own PyTorch, in an environment of their own:
+
+    python3 -m venv libraries && libraries/bin/pip install torch==2.13.0 d3rlpy==2.8.1 torchrl==0.14.1 tyro==1.0.17
+    libraries/bin/python tests/benchmark_updates.py --threads 1
 """
 
-import importlib
+import copy
+import math
+import os
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# the stretch of the script that needs only Args and PyTorch
+source = (Path(__file__).resolve().parent.parent / "iql_continuous.py").read_text()
+names = {"torch": torch, "nn": torch.nn, "F": torch.nn.functional, "math": math, "os": os, "sys": sys}
+names |= {"dataclass": dataclass, "copy": copy, "__name__": "iql", "__file__": "iql_continuous.py"}
+for begin, end in (("@dataclass", "# D4RL's horizon"), ("# ALGO LOGIC: initialize agent", "def save(")):
+    exec(source[source.index(begin) : source.index(end)], names)
 
 
 @dataclass
 class Args:
-    script: Literal["iql_continuous", "iql_finetune"] = "iql_continuous"
-    """whose update"""
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
-    """where"""
-    threads: int = torch.get_num_threads()
+    threads: int = 1
     """threads of a CPU"""
-    obs_dim: int = 46
-    """size of an observation; 46 is hammer's"""
-    act_dim: int = 26
-    """size of an action; 26 is hammer's"""
-    transitions: int = 100_000
-    """size of the (random) dataset"""
-    compile: bool = False
-    """on a GPU: torch.compile"""
-    cudagraphs: bool = True
-    """on a GPU: one CUDA graph, as the scripts do"""
-    turns: int = 7
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """where ours and the products run; the libraries are measured on a CPU only"""
+    turns: int = 5
     """how often each is measured; the medians are printed"""
-    updates: int = 100
-    """updates in a turn"""
+    steps: int = 100
+    """steps in a turn"""
 
 
-def products(obs_dim, act_dim, batch_size):
-    """The (m, k, n) of every matrix product in an update, (m, k) times (k, n); 256 hidden units."""
+OBS_DIM, ACT_DIM, BATCH, COUNT = 46, 26, 256, 100_000  # hammer's sizes; transitions in the (random) dataset
+
+
+def ours(transitions, dropout, device):
+    """The script's own step."""
+    args = names["Args"](actor_dropout=dropout)
+    agent = names["Agent"](OBS_DIM, ACT_DIM).to(device)
+    optimizers = names["make_optimizers"](agent, args.learning_rate)
+    transitions = {name: tensor.to(device) for name, tensor in transitions.items()}
+
+    def step():
+        indices = torch.randint(COUNT, (BATCH,), device=device)
+        data = {name: tensor.index_select(0, indices) for name, tensor in transitions.items()}
+        return names["update"](agent, optimizers, data, args)
+
+    return names["capture"](step) if device == "cuda" else step
+
+
+def products(device):
+    """The 44 matrix products of an update, (m, k) times (k, n)."""
 
     def forward(inputs, outputs):
-        return [(batch_size, inputs, 256), (batch_size, 256, 256), (batch_size, 256, outputs)]
+        return [(BATCH, inputs, 256), (BATCH, 256, 256), (BATCH, 256, outputs)]
 
     def backward(inputs, outputs):  # of the weights, then of the activations: nobody wants the inputs'
-        weights = [(k, m, n) for m, k, n in forward(inputs, outputs)]
-        return weights + [(m, n, k) for m, k, n in forward(inputs, outputs)[1:]]
+        return [(k, m, n) for m, k, n in forward(inputs, outputs)] + [(BATCH, 256, 256), (BATCH, outputs, 256)]
 
-    qf, vf, actor = (obs_dim + act_dim, 1), (obs_dim, 1), (obs_dim, act_dim)
-    trained = [qf, qf, vf, actor]
-    only_evaluated = [qf, qf, vf, vf]  # the targets, V again after its step, and V at the next observations
-    shapes = [shape for sizes in trained for shape in forward(*sizes) + backward(*sizes)]
-    return shapes + [shape for sizes in only_evaluated for shape in forward(*sizes)]
+    qf, vf, actor = (OBS_DIM + ACT_DIM, 1), (OBS_DIM, 1), (OBS_DIM, ACT_DIM)
+    shapes = [shape for sizes in (qf, qf, vf, actor) for shape in forward(*sizes) + backward(*sizes)]
+    # only evaluated: the targets, V again after its step, and V at the next observations
+    shapes += [shape for sizes in (qf, qf, vf, vf) for shape in forward(*sizes)]
+    operands = [[torch.randn(size, device=device) for size in ((m, k), (k, n), (m, n))] for m, k, n in shapes]
+
+    def step():
+        for a, b, out in operands:
+            torch.mm(a, b, out=out)
+
+    return names["capture"](step) if device == "cuda" else step
+
+
+def d3rlpy_step(transitions):
+    """d3rlpy's IQL with its defaults, two hidden layers of 256."""
+    from d3rlpy.algos import IQLConfig
+    from d3rlpy.dataset import MDPDataset
+
+    ends = np.arange(1, COUNT + 1) % 200 == 0
+    columns = (transitions[name].numpy() for name in ("observations", "actions", "rewards"))
+    dataset = MDPDataset(*columns, terminals=np.zeros(COUNT), timeouts=ends)
+    iql = IQLConfig(batch_size=BATCH).create(device=False)
+    iql.build_with_dataset(dataset)
+    return lambda: iql.update(dataset.sample_transition_batch(BATCH))
+
+
+def torchrl_step(transitions):
+    """TorchRL's IQLLoss, put together as in its sota-implementations/iql."""
+    from tensordict import TensorDict
+    from tensordict.nn import TensorDictModule
+    from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+    from torchrl.modules import MLP, NormalParamExtractor, ProbabilisticActor, TanhNormal, ValueOperator
+    from torchrl.objectives import IQLLoss, SoftUpdate
+
+    def mlp(inputs, outputs):
+        return MLP(in_features=inputs, out_features=outputs, num_cells=[256, 256], activation_class=torch.nn.ReLU)
+
+    network = torch.nn.Sequential(mlp(OBS_DIM, 2 * ACT_DIM), NormalParamExtractor())
+    module = TensorDictModule(network, in_keys=["observation"], out_keys=["loc", "scale"])
+    actor = ProbabilisticActor(module, in_keys=["loc", "scale"], distribution_class=TanhNormal)
+    qvalue = ValueOperator(mlp(OBS_DIM + ACT_DIM, 1), ["observation", "action"], ["state_action_value"])
+    loss = IQLLoss(actor, qvalue, ValueOperator(mlp(OBS_DIM, 1), ["observation"]), temperature=3.0, expectile=0.7)
+    loss.make_value_estimator(gamma=0.99)
+    targets = SoftUpdate(loss, tau=0.005)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=3e-4)
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(COUNT), batch_size=BATCH)
+    false = torch.zeros(COUNT, 1, dtype=torch.bool)
+    following = {"observation": transitions["next_observations"], "reward": transitions["rewards"][:, None]}
+    following |= {"done": false, "terminated": false}
+    data = {"observation": transitions["observations"], "action": transitions["actions"], "next": following}
+    buffer.extend(TensorDict(data, batch_size=[COUNT]))
+
+    def step():
+        losses = loss(buffer.sample())
+        optimizer.zero_grad()
+        (losses["loss_actor"] + losses["loss_qvalue"] + losses["loss_value"]).backward()
+        optimizer.step()
+        targets.step()
+
+    return step
 
 
 def seconds(function, repeats, device):
     """Wall-clock seconds a call."""
-    if device == "cuda":
-        torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(repeats):
         function()
@@ -78,63 +146,29 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     torch.set_num_threads(args.threads)
     torch.manual_seed(1)
-    script = importlib.import_module(args.script)
     torch.use_deterministic_algorithms(True)  # as the scripts do
     torch.utils.deterministic.fill_uninitialized_memory = False
-
     if args.device == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream())
-    script_args = script.Args()
-    agent = script.Agent(args.obs_dim, args.act_dim).to(args.device)
-    optimizers = script.make_optimizers(agent, script_args.learning_rate)
-    count = args.transitions
     transitions = {
-        "observations": torch.randn(count, args.obs_dim, device=args.device),
-        "actions": torch.rand(count, args.act_dim, device=args.device) * 2 - 1,
-        "rewards": torch.randn(count, device=args.device),
-        "next_observations": torch.randn(count, args.obs_dim, device=args.device),
-        "terminations": torch.zeros(count, device=args.device),
+        "observations": torch.randn(COUNT, OBS_DIM),
+        "actions": torch.rand(COUNT, ACT_DIM) * 1.98 - 0.99,
+        "rewards": torch.randn(COUNT),
+        "next_observations": torch.randn(COUNT, OBS_DIM),
+        "terminations": torch.zeros(COUNT),
     }
-
-    fast_update = torch.compile(script.update) if args.compile and args.device == "cuda" else script.update
-
-    def step():
-        indices = torch.randint(count, (script_args.batch_size,), device=args.device)
-        data = {name: tensor.index_select(0, indices) for name, tensor in transitions.items()}
-        return fast_update(agent, optimizers, data, script_args)
-
-    if args.cudagraphs and args.device == "cuda":
-        step = script.capture(step)
-
-    shapes = products(args.obs_dim, args.act_dim, script_args.batch_size)
-    operands = [
-        (
-            torch.randn(m, k, device=args.device),
-            torch.randn(k, n, device=args.device),
-            torch.empty(m, n, device=args.device),
-        )
-        for m, k, n in shapes
-    ]
-
-    def multiply():
-        for a, b, out in operands:
-            torch.mm(a, b, out=out)
-
-    bound = multiply
-    for function in (step, multiply):
-        seconds(function, 10, args.device)  # memory, kernels, clocks
-    if args.device == "cuda":
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            multiply()
-        bound = graph.replay
-    turns = [[seconds(f, args.updates, args.device) for f in (step, bound)] for _ in range(args.turns)]
-    update_time, bound_time = np.median(turns, 0)
-    fraction = np.median([bound_time / update_time for update_time, bound_time in turns])
+    steps = {"products alone": products(args.device), "ours": ours(transitions, 0.1, args.device)}
+    steps["ours without dropout"] = ours(transitions, 0.0, args.device)
+    for name, make in (("d3rlpy", d3rlpy_step), ("torchrl", torchrl_step)):
+        if find_spec(name) and args.device == "cpu":
+            steps[name] = make(transitions)
+    for step in steps.values():
+        seconds(step, 10, args.device)  # memory, kernels, clocks
+    turns = [[seconds(step, args.steps, args.device) for step in steps.values()] for _ in range(args.turns)]
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads"
-    mflop = sum(2 * m * k * n for m, k, n in shapes) / 1e6
-    print(f"{args.script}, {where}, dropout {script_args.actor_dropout}, {args.turns} turns of {args.updates} updates")
-    print(f"update:   {1 / update_time:.0f} updates/s (slowest and fastest turn: ", end="")
-    print(f"{1 / max(t for t, _ in turns):.0f}, {1 / min(t for t, _ in turns):.0f})")
-    print(f"bound:    {1 / bound_time:.0f} updates/s ({len(shapes)} products, {mflop:.0f} MFLOP an update)")
-    print(f"fraction: {fraction:.2f}")
+    print(f"{where}, PyTorch {torch.__version__}, medians of {args.turns} turns of {args.steps} steps")
+    for name, times in zip(steps, np.array(turns).T, strict=True):
+        fraction = np.median(np.array(turns)[:, 0] / times)
+        print(
+            f"{name}: {1000 * np.median(times):.1f} ms, {1 / np.median(times):.0f} steps/s, {fraction:.2f} of the bound"
+        )
