@@ -161,8 +161,7 @@ def make_env(env_id, **kwargs):
         if env.spec.id in TASKS:
             env = D4RLRules(gym.wrappers.TimeLimit(env, ADROIT[TASKS[env.spec.id]][0]))
         box = env.action_space
-        flat = len(box.shape) == 1 and box.dtype.kind == "f" and (box.low < box.high).all()
-        assert flat, f"actions must be a one-dimensional Box of floats, each with a range, not {box}"
+        assert len(box.shape) == 1 and box.dtype.kind == "f" and (box.low < box.high).all(), f"no flat float Box: {box}"
         assert env.spec.max_episode_steps, f"{env_id} has no time limit: register it with max_episode_steps"
         env = gym.wrappers.FlattenObservation(env)
         return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
@@ -225,8 +224,9 @@ def load_dataset(env_id, dataset_id=None):
             path = bundled / demos
     try:
         return minari.MinariDataset(path / "data")
-    except (OSError, ValueError, KeyError) as error:
-        advice = "" if (path / "data" / "main_data.hdf5").exists() else f", delete {path} and get it again"
+    except (OSError, ValueError, KeyError, AssertionError) as error:
+        unfinished = (path / "data").exists() and not (path / "data" / "main_data.hdf5").exists()
+        advice = f", delete {path} and get it again" if unfinished else ""
         sys.exit(f"{wanted} cannot be opened{advice}: {type(error).__name__}: {error}")
 
 
@@ -242,13 +242,13 @@ def load_transitions(dataset, env, max_episodes=None):
     episodic_returns, indices = [], range(dataset.total_episodes)[: max_episodes or None]
     try:
         episodes = list(tqdm(dataset.iterate_episodes(indices), "reading", len(indices), disable=None))
-    except OSError as error:
+    except (OSError, KeyError) as error:
         sys.exit(f"{dataset.id} cannot be read: {error}")
     for episode in episodes:
         T, obs = len(episode.rewards), episode.observations
         if isinstance(obs, dict):  # in the environment's order, as FlattenObservation has it: Minari sorts the keys
             keys = getattr(env.unwrapped.observation_space, "spaces", obs)
-            obs = np.concatenate([obs[key].reshape(T + 1, -1) for key in keys if key in obs], 1)
+            obs = np.concatenate([obs[key].reshape(len(obs[key]), -1) for key in keys if key in obs], 1)
         obs = obs.reshape(len(obs), -1)
         shapes = [obs.shape, episode.actions.shape, episode.rewards.shape, episode.terminations.shape]
         if shapes != (fitting := [(T + 1, obs_dim), (T, act_dim), (T,), (T,)]):
@@ -261,12 +261,12 @@ def load_transitions(dataset, env, max_episodes=None):
         transitions["terminations"].append(episode.terminations)
         episodic_returns.append(episode.rewards[: env.spec.max_episode_steps].sum())
     transitions = {name: np.concatenate(column, dtype=np.float64) for name, column in transitions.items()}
-    # scaled by the bounds that they were recorded in, and clipped as in the official code
-    low, high = np.float64(dataset.action_space.low), np.float64(dataset.action_space.high)
-    transitions["actions"] = np.clip((transitions["actions"] - low) / (high - low) * 2 - 1, -1 + 1e-5, 1 - 1e-5)
     for name, column in transitions.items():
         if not np.isfinite(column).all():
             sys.exit(f"{dataset.id} holds NaN or infinity in its {name}: use a dataset without.")
+    # scaled by the bounds that they were recorded in, and clipped as in the official code
+    low, high = np.float64(dataset.action_space.low), np.float64(dataset.action_space.high)
+    transitions["actions"] = np.clip((transitions["actions"] - low) / (high - low) * 2 - 1, -1 + 1e-5, 1 - 1e-5)
     return transitions, np.array(episodic_returns)
 
 
