@@ -2,12 +2,13 @@
 
     python tests/benchmark_updates.py --threads 1
 
-All of them take turns, so that what they say of one another survives a machine whose speed drifts. The products are
-an update's 44, forward and backward, into memory that is already there: nothing is faster than they are by much.
-A library that is not installed is left out. Both are, with the script's own PyTorch, in an environment of their own:
+They take turns, so that their ratios survive a machine whose speed drifts. The bound is the 44 matrix products of one
+update, forward and backward, written into memory that is already there. A library that is not installed is left out;
+this environment has both, and the script's own PyTorch:
 
-    python3 -m venv libraries && libraries/bin/pip install torch==2.13.0 d3rlpy==2.8.1 torchrl==0.14.1 tyro==1.0.17
-    libraries/bin/python tests/benchmark_updates.py --threads 1
+    python -m venv /tmp/libraries
+    /tmp/libraries/bin/pip install torch==2.13.0 d3rlpy==2.8.1 torchrl==0.14.1 tyro==1.0.17
+    /tmp/libraries/bin/python tests/benchmark_updates.py --threads 1
 """
 
 import copy
@@ -111,7 +112,8 @@ def torchrl_step(transitions):
     module = TensorDictModule(network, in_keys=["observation"], out_keys=["loc", "scale"])
     actor = ProbabilisticActor(module, in_keys=["loc", "scale"], distribution_class=TanhNormal)
     qvalue = ValueOperator(mlp(OBS_DIM + ACT_DIM, 1), ["observation", "action"], ["state_action_value"])
-    loss = IQLLoss(actor, qvalue, ValueOperator(mlp(OBS_DIM, 1), ["observation"]), temperature=3.0, expectile=0.7)
+    value = ValueOperator(mlp(OBS_DIM, 1), ["observation"])
+    loss = IQLLoss(actor, qvalue, value, loss_function="l2", temperature=3.0, expectile=0.7)
     loss.make_value_estimator(gamma=0.99)
     targets = SoftUpdate(loss, tau=0.005)
     optimizer = torch.optim.Adam(loss.parameters(), lr=3e-4)
@@ -164,11 +166,9 @@ if __name__ == "__main__":
             steps[name] = make(transitions)
     for step in steps.values():
         seconds(step, 10, args.device)  # memory, kernels, clocks
-    turns = [[seconds(step, args.steps, args.device) for step in steps.values()] for _ in range(args.turns)]
+    turns = np.array([[seconds(f, args.steps, args.device) for f in steps.values()] for _ in range(args.turns)])
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads"
     print(f"{where}, PyTorch {torch.__version__}, medians of {args.turns} turns of {args.steps} steps")
-    for name, times in zip(steps, np.array(turns).T, strict=True):
-        fraction = np.median(np.array(turns)[:, 0] / times)
-        print(
-            f"{name}: {1000 * np.median(times):.1f} ms, {1 / np.median(times):.0f} steps/s, {fraction:.2f} of the bound"
-        )
+    medians, fractions = np.median(turns, 0), np.median(turns[:, :1] / turns, 0)
+    for name, median, fraction in zip(steps, medians, fractions, strict=True):
+        print(f"{name}: {1000 * median:.1f} ms, {1 / median:.0f} steps/s, {fraction:.2f} of the bound")

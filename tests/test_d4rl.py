@@ -1,7 +1,5 @@
 """Scores are D4RL's: a random policy scores 0 under the rules, and only where the rules are D4RL's."""
 
-import copy
-
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -15,7 +13,9 @@ import iql_continuous as iql
 def test_a_random_policy_scores_zero(task, episodes, tolerance):
     envs, rng = gym.vector.SyncVectorEnv([iql.make_env(f"AdroitHand{task}-v1")]), np.random.default_rng(0)
     returns, _ = iql.evaluate(envs, lambda _: rng.uniform(-1, 1, envs.action_space.shape), episodes)
-    assert abs(iql.summarize(returns, None, iql.ADROIT[task.lower()][1:])["normalized_score"]) < tolerance
+    horizon, *reference = iql.ADROIT[task.lower()]
+    assert abs(iql.summarize(returns, None, reference)["normalized_score"]) < tolerance
+    assert envs.envs[0].spec.max_episode_steps == horizon == (100 if task == "Pen" else 200)
 
 
 def test_a_dropped_pen_ends_the_episode_as_a_termination():
@@ -32,22 +32,22 @@ def test_a_dropped_pen_ends_the_episode_as_a_termination():
     raise AssertionError("no pen was dropped")
 
 
-def wraps_rules(env):
-    while isinstance(env, gym.Wrapper):
-        if isinstance(env, iql.D4RLRules):
-            return True
-        env = env.env
-    return False
+def test_only_the_dense_tasks_get_the_rules_under_every_name():
+    for env_id in (
+        "AdroitHandPen-v1",
+        "AdroitHandPen",
+        "gymnasium_robotics:AdroitHandPen-v1",
+        "AdroitHandPenSparse-v1",
+    ):
+        env = iql.make_env(env_id)()
+        dense = "Sparse" not in env_id
+        assert ("D4RLRules" in str(env)) == dense and env.spec.max_episode_steps == (100 if dense else 200)
 
 
-@pytest.mark.parametrize("task", ["Pen", "Hammer", "Door", "Relocate"])
-def test_only_the_dense_v1_tasks_get_the_rules(task, monkeypatch):
-    for env_id in (f"AdroitHand{task}-v1", f"AdroitHand{task}", f"gymnasium_robotics:AdroitHand{task}-v1"):
-        assert wraps_rules(env := iql.make_env(env_id)())
-        assert env.spec.max_episode_steps == (100 if task == "Pen" else 200)
-    assert not wraps_rules(iql.make_env(f"AdroitHand{task}Sparse-v1")())
-    future = copy.copy(gym.spec(f"AdroitHand{task}-v1"))
-    future.id, future.version = f"AdroitHand{task}-v2", 2
-    monkeypatch.setitem(gym.registry, future.id, future)
-    for env_id in (f"AdroitHand{task}-v2", f"AdroitHand{task}"):
-        assert not wraps_rules(iql.make_env(env_id)())
+def test_a_score_is_0_and_100_at_the_two_returns_of_its_reference():
+    for _, *reference in iql.ADROIT.values():
+        for episodic_return, score in zip(reference, (0, 100), strict=True):
+            stats = iql.summarize(np.array([episodic_return]), None, reference)
+            assert stats["normalized_score"] == pytest.approx(score)
+    stats = iql.summarize(np.array([1.0, 3.0]), np.array([True, False]), None)
+    assert stats == {"episodes": 2, "episodic_return": 2, "episodic_return_std": 1, "success_rate": 0.5}

@@ -83,10 +83,10 @@ VARIANTS = {
     "Tiny": {},
     "Dark": {},
     "Wide": {"observation_space": gym.spaces.Box(-10, 10, (4,))},
-    "NestedDict": {"observation_space": gym.spaces.Dict({"a": gym.spaces.Dict({"b": OBSERVATIONS})})},
     "ZeroWidth": {"action_space": gym.spaces.Box(np.array([-1, 0], np.float32), np.array([1, 0], np.float32))},
     "DiscreteAction": {"action_space": gym.spaces.Discrete(3)},
-    "UnboundedAction": {"action_space": gym.spaces.Box(-np.inf, np.inf, (2,))},
+    "MatrixAction": {"action_space": gym.spaces.Box(-1, 1, (2, 2))},
+    "IntAction": {"action_space": gym.spaces.Box(-100, 100, (2,), np.int8)},
 }
 gym.register("Endless-v0", entry_point=Tiny)
 gym.register("Ending-v0", entry_point="tiny_env:Ending", max_episode_steps=10)
@@ -95,25 +95,19 @@ for name, kwargs in VARIANTS.items():
     gym.register(f"{name}-v0", entry_point=Tiny, max_episode_steps=10, kwargs=kwargs)
 
 
-def write_dataset(
-    dataset_id, episodes=4, observation_space=OBSERVATIONS, action_space=ACTIONS, change=None, steps=10, seed=0
-):
-    """Random episodes into the Minari root; `change` edits the arrays of the last one before they are written."""
+def write_dataset(dataset_id, episodes=4, seed=0):
+    """Random episodes of ten steps, each of which ends in a termination, into the Minari root."""
     import minari  # here, because the environments do without
     from minari.data_collector import EpisodeBuffer
 
     rng, buffers = np.random.default_rng(seed), []
-    for k in range(episodes):
+    for _ in range(episodes):
         arrays = {
-            "observations": rng.normal(size=(steps + 1, *observation_space.shape)).astype(np.float32),
-            "actions": rng.uniform(-1, 1, (steps, *action_space.shape)).astype(np.float32),
-            "rewards": rng.normal(size=steps),
-            "terminations": np.arange(steps) == steps - 1,
-            "truncations": np.zeros(steps, bool),
+            "observations": rng.normal(size=(11, 3)).astype(np.float32),
+            "actions": rng.uniform(-1, 1, (10, 2)).astype(np.float32),
+            "rewards": rng.normal(size=10),
+            "terminations": np.arange(10) == 9,
+            "truncations": np.zeros(10, bool),
         }
-        if change and k == episodes - 1:
-            change(arrays)
         buffers.append(EpisodeBuffer(**arrays))
-    minari.create_dataset_from_buffers(
-        dataset_id, buffers, observation_space=observation_space, action_space=action_space
-    )
+    minari.create_dataset_from_buffers(dataset_id, buffers, observation_space=OBSERVATIONS, action_space=ACTIONS)
