@@ -1,230 +1,135 @@
 #!/usr/bin/env bash
-# Runs seeds of iql_continuous.py (or iql_finetune.py) over tasks and datasets and ends with a table and a figure.
-set -uo pipefail
+# Usage: [VARIABLE=value ...] bash benchmark.sh [--report]
+#
+# Runs seeds of iql_continuous.py over tasks and datasets; then docs/report.py writes report.md, results.csv and
+# figure.png into OUT. The same command again skips finished runs and resumes interrupted ones; with more UPDATES, or
+# ONLINE_STEPS, it goes on with finished ones. --report only collects what is in OUT.
+#
+#   TASKS            environments (default: AdroitHandPen-v1 AdroitHandHammer-v1)
+#   DATASETS         Minari ids, human means D4RL/{task}/human-v2, {task} the task (default: human cloned expert)
+#   VARIANTS         labels with their flags: "iql; bc --beta 0" sets IQL next to cloning (default: the script's name)
+#   SEEDS            the seeds themselves, not how many (default: 1 2 3 4 5)
+#   UPDATES          offline updates of a run (default: 1000000)
+#   FINETUNE         1 runs iql_finetune.py: UPDATES offline, then ONLINE_STEPS online (default: 1000000)
+#   SCRIPT           your edited copy of iql_continuous.py or, with FINETUNE=1, of iql_finetune.py, to run that instead
+#   EXTRA            more flags for all runs, such as --eval-frequency 1000; paths in flags must be absolute
+#   OUT              folder for run directories, logs and the script that is run (default: runs/benchmark[_finetune])
+#   PYTHON           the Python that has requirements.txt (default: python)
+#   WORKERS_PER_GPU  runs that share a GPU of CUDA_VISIBLE_DEVICES or, if it is unset, of all (default: 4). They take
+#                    turns on it unless NVIDIA's MPS runs, which nvidia-cuda-mps-control -d starts
+#   WORKERS          runs at a time where there is no GPU (default: one a core, with one thread)
+#   ENGINE           slurm submits a job array, WORKERS_PER_GPU runs a job; collect with --report afterwards
+#   SBATCH_FLAGS     flags for sbatch (default: --gres=gpu:1 --cpus-per-task=4)
 
-usage() {
-    cat << 'EOT'
-Usage: [VARIABLE=value ...] bash benchmark.sh [--report | --help]
-
-Runs what is not finished yet, then docs/report.py writes report.md, results.csv and figure.png into OUT. Run again, it
-skips finished runs and resumes interrupted ones. --report only collects what is there.
-
-What is run
-  TASKS            Adroit environments (default: AdroitHandPen-v1 AdroitHandHammer-v1)
-  DATASETS         Minari ids, human means D4RL/{task}/human-v2, {task} the task (default: human cloned expert)
-  VARIANTS         labels with their flags, between semicolons; "iql; bc --beta 0" sets IQL next to behaviour cloning.
-                   Published numbers are put beside the label iql (default: iql)
-  SEEDS            the seeds themselves, not how many (default: 1 2 3 4 5)
-  UPDATES          offline updates of a run (default: 1000000)
-  FINETUNE         1 runs iql_finetune.py: UPDATES offline, then ONLINE_STEPS online (default: 0)
-  ONLINE_STEPS     environment steps of the online part (default: 1000000)
-  EXTRA            more flags for all runs, such as --eval-frequency 1000; paths in flags must be absolute
-  OUT              folder for all that is written (default: runs/benchmark, with FINETUNE=1 runs/benchmark_finetune):
-                   run directories with checkpoint.pt and best.pt in OUT/runs, what they print in OUT/logs
-  PYTHON           the Python that has requirements.txt (default: python)
-
-Where it is run
-  ENGINE           local: on this machine; slurm: as a job array, collect with --report afterwards (default: local)
-  WORKERS_PER_GPU  runs that share a GPU; GPUs are those of CUDA_VISIBLE_DEVICES or, if it is unset, all (default: 4).
-                   They take turns on it unless NVIDIA's MPS runs, which nvidia-cuda-mps-control -d starts
-  WORKERS          runs at a time where there is no GPU (default: one a core, with one thread)
-  GPUS, CPUS       of a job of the Slurm array, which takes on WORKERS_PER_GPU runs a GPU or, with GPUS=0, one a core
-                   (default: 1 GPU, 4 cores)
-  PARTITION, TIME_LIMIT, SBATCH_FLAGS: of a job of the Slurm array, more flags for sbatch (default: none)
-EOT
-}
-
+# shellcheck disable=SC2086,SC2206,SC2317,SC2329 # flags are to be split; trap and xargs call functions
+set -euo pipefail
 die() { echo "benchmark.sh: $*" >&2 && exit 2; }
-
-mode=${1:-run} # --task is for the jobs of the array
-case $mode in
-    -h | --help) usage && exit ;;
-    run | --report | --task) (($# <= 1)) || die "only one option is understood, see --help." ;;
-    *) die "$mode is not an option, see --help." ;;
-esac
-: "${FINETUNE:=0}" "${EXTRA:=}" "${ENGINE:=local}" "${PYTHON:=python}"
-[[ $FINETUNE == [01] ]] || die "FINETUNE must be 0 or 1, not '$FINETUNE'."
-[[ $ENGINE == local || $ENGINE == slurm ]] || die "ENGINE must be local or slurm, not '$ENGINE'."
-cores=${SLURM_CPUS_PER_TASK:-$(env -u OMP_NUM_THREADS nproc)} # nproc believes OMP_NUM_THREADS
-while read -r name default minimum; do
-    printf -v "$name" %s "${!name:-$default}"
-    [[ ${!name} =~ ^(0|[1-9][0-9]{0,11})$ && ${!name} -ge $minimum ]] ||
-        die "$name must be a whole number of at least $minimum, not '${!name}'."
-done < <(printf '%s %s %s\n' UPDATES 1000000 1 ONLINE_STEPS 1000000 1 WORKERS_PER_GPU 4 1 \
-    WORKERS "$cores" 1 GPUS 1 0 CPUS 4 1)
-for tool in "$PYTHON" setsid flock xargs; do
-    command -v "$tool" > /dev/null || die "$tool is not on the PATH: install it or, for Python, set PYTHON."
-done
-PYTHON=$(realpath -s "$(command -v "$PYTHON")")
-"$PYTHON" -c 'from importlib.util import find_spec
-exit(not all(map(find_spec, ("torch", "minari", "matplotlib"))))' ||
-    die "$PYTHON lacks torch, minari or matplotlib: run \`$PYTHON -m pip install -r requirements.txt\`."
-here=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
-: "${OUT:=runs/benchmark$( ((!FINETUNE)) || echo _finetune)}"
-{ mkdir -p "$OUT/logs" "$OUT/runs" && [[ -w $OUT/logs && -w $OUT/runs ]]; } ||
-    die "$OUT cannot be written, choose another folder with OUT."
-# the scripts are started in OUT, where they write: no path may be relative to the folder this was called in
-OUT=$(realpath "$OUT")
-[[ -z ${MINARI_DATASETS_PATH:-} ]] || MINARI_DATASETS_PATH=$(realpath -m "$MINARI_DATASETS_PATH")
-export OUT PYTHON here
-
-# A run is called ENV__LABEL.DATASET__SEED, with dots for the slashes of the dataset's id. OUT/logs/NAME.log starts with
-# its command, OUT/runs/NAME__STARTED is its directory, the newest if there are several.
-names=() jobs=()
-declare -A command wanted # by name: script and flags; by dataset: its environment
-share=$((GPUS ? GPUS * WORKERS_PER_GPU : CPUS)) # runs of a Slurm job: as many as it works on at a time
-
-finished() { grep -q '^final: ' "$OUT/logs/$1.log"; }
-
-stop=0 status=0 group=""
-# shellcheck disable=SC2317 # traps call it
-interrupt() { # STATUS: of the download or of all runs, which have a process group that Ctrl-C does not reach
-    stop=$1
-    [[ -z $group ]] || kill -TERM -- "-$group" 2> /dev/null
-}
-
-download() { # what is not there, one after another: runs that start together would download over one another
-    local dataset minari=${MINARI_DATASETS_PATH:-$HOME/.minari/datasets}
-    for dataset in "${!wanted[@]}"; do
-        [[ ! -d $here/tests/datasets/$dataset/data && ! -d $minari/$dataset/data ]] || continue
-        (cd "$here" && exec setsid "$PYTHON" -c 'import sys; from iql_continuous import load_dataset
-load_dataset(*sys.argv[1:])' "${wanted[$dataset]}" "$dataset") &
-        group=$!
-        wait "$group" || ((stop)) || echo "Its runs will fail, the others go on." >&2
-        ((!stop)) || exit "$stop"
-    done
-}
-
-# shellcheck disable=SC2317 # xargs calls it
-start() { # NAME: starts the run or goes on with it, on the GPU of xargs' SLOT; prints its name when it has ended
-    local log=$OUT/logs/$1.log words devices found
-    # the run inherits the lock: a second benchmark.sh cannot start it again, even if this one is killed
-    exec 9>> "$log"
-    flock --nonblock --conflict-exit-code 75 9 || (($? != 75)) ||
-        { echo "$1" && echo "$1 is being run by another process, wait for it." >&2 && return; }
-    read -ra words < "$log"
-    found=("$OUT/runs/$1"__*)
-    words=("$here/${words[1]}" --eval-envs "$EVAL_ENVS" "${words[@]:2}")
-    [[ ! -f ${found[-1]}/checkpoint.pt ]] || words=("${words[0]}" --resume "runs/${found[-1]##*/}")
-    read -ra devices <<< "$DEVICES"
-    export CUDA_VISIBLE_DEVICES=${devices[SLOT % (${#devices[@]} + !${#devices[@]})]:-}
-    # the run has its end of the pipe too, as file 8
-    cd "$OUT" && PYTHONUNBUFFERED=1 "$PYTHON" "${words[@]}" < /dev/null 8>&1 1>&9 2>&9
-    echo "$1"
-}
-
-run_here() { # NAME...
-    local devices=() slots queue=() complete=0 failed=0 left running tick=0 stopping=0 name
-    if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
-        [[ $CUDA_VISIBLE_DEVICES =~ ^(-1|NoDevFiles)?$ ]] || IFS=, read -ra devices <<< "$CUDA_VISIBLE_DEVICES"
-    else
-        mapfile -t devices < <(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | grep -xE '[0-9]+')
-    fi
-    slots=$((${#devices[@]} ? ${#devices[@]} * WORKERS_PER_GPU : WORKERS))
-    OMP_NUM_THREADS=$((cores > slots ? cores / slots : 1))
-    EVAL_ENVS=$((OMP_NUM_THREADS < 10 ? OMP_NUM_THREADS : 10)) DEVICES=${devices[*]}
-    for name in "$@"; do
-        if finished "$name"; then ((complete += 1)); else queue+=("$name"); fi
-    done
-    echo "$# runs into $OUT, $complete finished before; $slots at a time on ${#devices[@]} GPUs and $cores cores"
-    ((${#queue[@]})) || return
-    download
-    export OMP_NUM_THREADS EVAL_ENVS DEVICES
-    # all that runs has a pipe open, which ends with the last process
-    exec 7< <(export -f start && exec setsid xargs -n 1 -P "$slots" --process-slot-var=SLOT \
-        bash -c "start \"\$1\"" start <<< "${queue[*]}")
-    group=$!
-    while :; do
-        if ((tick++ % 60 == 0)); then
-            left=$(($# - complete - failed)) running=$((left < slots ? left : slots))
-            echo "$(date '+%F %T') $complete done, $running running, $failed failed, $((left - running)) waiting"
-        fi
-        if IFS= read -r -t 1 name <&7; then
-            tick=0
-            if finished "$name"; then ((complete += 1)); else ((failed += 1)); fi
-        elif (($? <= 128)); then break; fi
-        ((!stop)) || kill -"$((stopping++ < 5 ? 15 : 9))" -- "-$group" 2> /dev/null
-    done
-    ((!stop)) || { echo "stopped with $complete of $# runs done; the same command goes on." >&2 && exit "$stop"; }
-}
-
-trap 'interrupt 129' HUP
-trap 'interrupt 130' INT
-trap 'interrupt 143' TERM
-if [[ $mode == --report ]]; then
-    for log in "$OUT"/logs/*.log; do
-        [[ ! -f $log ]] || names+=("$(basename "$log" .log)")
-    done
+group() { setsid "$@" & wait $!; } # runs what stop ends, with all that it started
+stop() { # STATUS
+    trap '' HUP INT TERM PIPE && set +eu
+    echo "stopping; the same command goes on"
+    kill -- -$! $! # the second, if the first is not there yet
+    for _ in {1..50}; do kill -0 -- -$! && sleep 0.1 || exit "$1"; done
+    kill -KILL -- -$!
+    exit "$1"
+} 2> /dev/null
+trap 'stop 129' HUP && trap 'stop 130' INT && trap 'stop 143' TERM
+[[ ${1:-} != --help ]] || exec sed -n '2,/^$/s/^# \?//p' "$0"
+[[ ${1:-} == @(|--report) ]] || die "'$1' is no option, see --help. Variables stand before bash."
+: "${TASKS:=AdroitHandPen-v1 AdroitHandHammer-v1}" "${DATASETS:=human cloned expert}" "${SEEDS:=1 2 3 4 5}" "${EXTRA=}"
+: "${UPDATES:=1000000}" "${ONLINE_STEPS:=1000000}" "${FINETUNE:=0}" "${PYTHON:=python}" "${ENGINE:=local}"
+: "${WORKERS=}" "${WORKERS_PER_GPU:=4}" "${SBATCH_FLAGS=--gres=gpu:1 --cpus-per-task=4}"
+[[ $FINETUNE$ENGINE == [01]@(local|slurm) ]] || die "FINETUNE=$FINETUNE must be 0 or 1, ENGINE=$ENGINE local or slurm."
+command -v "$PYTHON" > /dev/null || die "'$PYTHON' is not there: set PYTHON to the Python that has requirements.txt."
+here=$(dirname "$(realpath "$0")")
+if ((FINETUNE)); then
+    : "${SCRIPT:=$here/iql_finetune.py}" "${OUT:=runs/benchmark_finetune}"
+    begin="--offline-updates $UPDATES" length="--online-steps $ONLINE_STEPS"
 else
-    read -rd "" -a tasks <<< "${TASKS-AdroitHandPen-v1 AdroitHandHammer-v1}"
-    read -rd "" -a datasets <<< "${DATASETS-human cloned expert}"
-    IFS=';' read -rd "" -a variants <<< "${VARIANTS-iql}"
-    read -rd "" -a seeds <<< "${SEEDS-1 2 3 4 5}"
-    script="iql_continuous.py --total-updates $UPDATES"
-    ((!FINETUNE)) || script="iql_finetune.py --offline-updates $UPDATES --online-steps $ONLINE_STEPS"
-    for env in "${tasks[@]}"; do
-        [[ $env =~ ^AdroitHand(Pen|Hammer|Door|Relocate)(Dense)?-v[0-9]+$ ]] ||
-            die "TASKS must be Adroit tasks with dense rewards, such as AdroitHandPen-v1, not '$env'."
-        task=${BASH_REMATCH[1],,}
-        for dataset in "${datasets[@]}"; do
-            [[ $dataset == */* ]] || dataset="D4RL/{task}/$dataset-v2"
-            dataset=${dataset//'{task}'/$task}
-            [[ $dataset =~ ^[A-Za-z0-9_/-]+-v[0-9]+$ ]] ||
-                die "DATASETS must be short names or Minari ids that end in a version (-v2), not '$dataset'."
-            for variant in "${variants[@]}"; do
-                read -r label flags <<< "${variant//$'\n'/ }"
-                [[ $label =~ ^[A-Za-z0-9][A-Za-z0-9-]*$ ]] ||
-                    die "VARIANTS must start with a label of letters, digits and hyphens, not '$label'."
-                for seed in "${seeds[@]}"; do
-                    [[ $seed =~ ^(0|[1-9][0-9]{0,9})$ ]] || die "SEEDS must be whole numbers, not '$seed'."
-                    name=${env}__$label.${dataset//\//.}__$seed
-                    [[ -z ${command[$name]:-} ]] || die "$name would run twice: name everything only once."
-                    names+=("$name") wanted[$dataset]=$env
-                    command[$name]="command: $script --env-id $env --dataset-id $dataset"
-                    command[$name]+=" --exp-name $label.${dataset//\//.} ${EXTRA//$'\n'/ } $flags --seed $seed"
-                done
+    : "${SCRIPT:=$here/iql_continuous.py}" "${OUT:=runs/benchmark}"
+    begin="" length="--total-updates $UPDATES"
+fi
+
+PYTHON=$(realpath -s "$(command -v "$PYTHON")") SCRIPT=$(realpath -s "$SCRIPT") script=$(basename "$SCRIPT")
+[[ -z ${MINARI_DATASETS_PATH:-} ]] || MINARI_DATASETS_PATH=$(realpath -m "$MINARI_DATASETS_PATH")
+[[ ${1:-} == --report ]] || mkdir -p "$OUT/logs"
+cd "$OUT" # where all runs start
+
+report() { # LOG...: with the end of those that are not finished
+    status=0
+    "$PYTHON" "$here/docs/report.py" "$PWD" || status=1
+    for log in "$@"; do
+        [[ ! -f $log || $(tail -n 1 "$log") == finished:* ]] || { status=1 && echo Unfinished: && tail -vn 10 "$log"; }
+    done >&2
+    exit $status
+}
+[[ ${1:-} != --report ]] || report logs/*.log
+
+# the script may be edited meanwhile: a copy is run
+[[ -e $script ]] || cp "$SCRIPT" .
+cmp "$SCRIPT" "$script" || die "$OUT is of another $script: set OUT, rename yours, or go on with SCRIPT=$OUT/$script."
+[[ -d tests ]] || ln -sfn "$here/tests" tests # the bundled datasets
+export PYTHON OUT=$PWD SCRIPT=$PWD/$script LENGTH=$length
+
+# a line for each run: its log, which has the name of its directory, and its command
+runs=() sets=()
+IFS=';' read -rd '' -a variants <<< "${VARIANTS:=${script%.py}}" || true
+for env in $TASKS; do
+    task=${env#AdroitHand} task=${task%-v*} task=${task,,}
+    for dataset in $DATASETS; do
+        [[ $dataset == */* ]] || dataset="D4RL/{task}/$dataset-v2"
+        dataset=${dataset//'{task}'/$task}
+        sets+=("$env $dataset")
+        for variant in "${variants[@]}"; do
+            read -r label flags <<< "${variant//$'\n'/ }"
+            [[ $label =~ ^[[:alnum:]][[:alnum:]._-]*$ ]] || die "VARIANTS are labels with flags, not '$label $flags'."
+            others=$(grep -Ls "^$script --env-id " logs/*__"$label".*.log || true)
+            [[ -z $others ]] || die "$label is the label of another script's runs in $OUT: choose another in VARIANTS."
+            for seed in $SEEDS; do
+                name=${env//[:\/]/_}__$label.${dataset//\//.}__$seed
+                command="$script --env-id $env --dataset-id $dataset --exp-name $label.${dataset//\//.}"
+                read -rd '' -a words <<< "$command $begin $EXTRA $flags --seed $seed" || true
+                dirs=(runs/"$name"__*)
+                [[ ! -e ${dirs[0]} || $(head -n 1 "logs/$name.log") == "${words[*]}" ]] ||
+                    die "$OUT/logs/$name.log has other flags: set another OUT, or another label in VARIANTS."
+                runs+=("logs/$name.log ${words[*]}")
             done
         done
     done
-    ((${#names[@]})) || die "there is nothing to run: TASKS, DATASETS, VARIANTS or SEEDS is empty."
-    for name in "${names[@]}"; do
-        log=$OUT/logs/$name.log
-        [[ -s $log ]] || echo "${command[$name]}" > "$log" || die "$log cannot be written: make room."
-        IFS= read -r first < "$log"
-        [[ $first == "${command[$name]}" ]] ||
-            die "$log was run with other flags than now: set OUT to another folder, or another label in VARIANTS."
-    done
+done
+
+run() { # "LOG SCRIPT FLAG...": begins a run, or goes on with it, on the GPU of xargs' SLOT
+    read -ra words <<< "$1" && set -- "${words[@]}"
+    log=$1 name=$(basename "$1" .log) gpus=($GPUS) && shift
+    export CUDA_VISIBLE_DEVICES=${gpus:+${gpus[SLOT % ${#gpus[@]}]}}
+    exec 9>> "$log" # the run inherits it, with the lock
+    flock -n 9 || { echo "FAILED $name: it is being run already" && return 1; }
+    [[ $(tail -n 1 "$log") != "finished: $LENGTH" ]] || { echo "$name was finished before" && return; }
+    dirs=(runs/"$name"__*)
+    [[ -e ${dirs[0]} ]] || echo "$*" > "$log" # nothing was trained: its flags may be corrected
+    [[ ! -f ${dirs[-1]}/checkpoint.pt ]] || set -- "$1" --resume "${dirs[-1]}"
+    "$PYTHON" -u "$@" $LENGTH >&9 2>&1 || { echo "$(date +%T) FAILED $name" && return 1; }
+    echo "finished: $LENGTH" >&9 && echo "$(date +%T) finished $name"
+}
+
+if [[ $ENGINE == slurm && -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
+    runs=("${runs[@]:SLURM_ARRAY_TASK_ID * WORKERS_PER_GPU:WORKERS_PER_GPU}")
+else
+    group "$PYTHON" -c 'import runpy, sys; script = runpy.run_path(sys.argv[1]) # once, before runs that start together
+for pair in sys.argv[2:]:
+    try: script["load_dataset"](*pair.split())
+    except SystemExit as error: print(error)' "$script" "${sets[@]}"
+    [[ $ENGINE == local ]] ||
+        exec sbatch --job-name=iql --output="$OUT/logs/%A_%a.out" --array="0-$(((${#runs[@]} - 1) / WORKERS_PER_GPU))" \
+            $SBATCH_FLAGS --wrap="exec bash $(printf %q "$here/benchmark.sh")"
 fi
-if [[ $mode == --task ]]; then
-    names=("${names[@]:SLURM_ARRAY_TASK_ID * share:share}")
-    ((GPUS)) || export CUDA_VISIBLE_DEVICES=""
-fi
-if [[ $mode == run && $ENGINE == slurm ]]; then
-    command -v sbatch > /dev/null || die "sbatch is not on the PATH: call this where Slurm is, or set ENGINE=local."
-    for i in "${!names[@]}"; do
-        finished "${names[i]}" || jobs[i / share]=$((i / share))
-    done
-    ((${#jobs[@]})) || mode=--report # nothing is left to run
-fi
-if [[ $mode == run && $ENGINE == slurm ]]; then
-    flags=(--job-name=iql --array="$(IFS=, && echo "${jobs[*]}")" --cpus-per-task="$CPUS" --chdir="$OUT")
-    flags+=(--output="$OUT/logs/slurm-%A_%a.out" --signal=B:TERM@30 --export=ALL)
-    flags+=(${PARTITION:+--partition="$PARTITION"} ${TIME_LIMIT:+--time="$TIME_LIMIT"})
-    ((GPUS == 0)) || flags+=(--gres="gpu:$GPUS")
-    read -ra more <<< "${SBATCH_FLAGS:-}"
-    download
-    sbatch "${flags[@]}" "${more[@]}" --wrap="exec bash $(printf %q "$here/benchmark.sh") --task" ||
-        die "sbatch refused the jobs for the reason above: change PARTITION, TIME_LIMIT, GPUS, CPUS or SBATCH_FLAGS."
-    echo "When squeue lists no more of them, OUT=$(printf %q "$OUT") bash benchmark.sh --report collects the results."
-    exit
-elif [[ $mode != --report ]]; then
-    run_here "${names[@]}"
-fi
-[[ $mode == --task ]] || "$PYTHON" "$here/docs/report.py" "$OUT" || status=1
-for name in "${names[@]}"; do
-    finished "$name" && continue
-    status=1
-    printf '\n%s is not finished, its log %s ends with:\n' "$name" "$OUT/logs/$name.log"
-    tail -n 10 "$OUT/logs/$name.log" | sed 's/^/    /'
-done >&2
-exit $status
+cores=${SLURM_CPUS_PER_TASK:-$(env -u OMP_NUM_THREADS nproc)} # nproc would believe OMP_NUM_THREADS
+devices=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null || true)}
+mapfile -t gpus < <(tr ', ' '\n' <<< "$devices" | grep -xE '[0-9]+|(GPU|MIG)-.+') # not -1 or an error message
+slots=$((${#gpus[@]} ? ${#gpus[@]} * WORKERS_PER_GPU : ${WORKERS:-cores}))
+((slots > 0)) || die "WORKERS=$WORKERS and WORKERS_PER_GPU=$WORKERS_PER_GPU must be at least 1."
+export -f run && export GPUS=${gpus[*]} OMP_NUM_THREADS=$((cores > slots ? cores / slots : 1))
+echo "${#runs[@]} runs into $OUT, $slots at a time on ${#gpus[@]} GPUs and $cores cores"
+group xargs -a <(printf '%s\n' "${runs[@]}") -d '\n' -n 1 -P "$slots" --process-slot-var=SLOT \
+    bash -c "run \"\$1\"" run || [[ $ENGINE == local ]]
+[[ $ENGINE == slurm ]] || report "${runs[@]%% *}"

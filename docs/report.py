@@ -4,236 +4,196 @@ import csv
 import json
 import sys
 from pathlib import Path
-from typing import Optional
 
-import matplotlib
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
-from tyro.conf import Positional
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-# IQL's scores elsewhere, by data and phase: CORL's final and best, the paper's
-PUBLISHED = {
-    ("D4RL/pen/human-v2", ""): ("78.49 ± 8.21, 106.15 ± 10.28", "71.5"),
-    ("D4RL/pen/cloned-v2", ""): ("83.42 ± 8.19, 114.05 ± 4.78", "37.3"),
-    ("D4RL/pen/expert-v2", ""): ("128.05 ± 9.21, 140.01 ± 6.36", ""),
-    ("D4RL/hammer/human-v2", ""): ("1.79 ± 0.80, 6.86 ± 2.38", "1.4"),
-    ("D4RL/hammer/cloned-v2", ""): ("1.50 ± 0.69, 11.63 ± 1.70", "2.1"),
-    ("D4RL/hammer/expert-v2", ""): ("128.68 ± 0.33, 129.76 ± 0.37", ""),
-    ("D4RL/pen/cloned-v2", "offline"): ("84.19 ± 3.96", ""),
-    ("D4RL/pen/cloned-v2", "online"): ("102.02 ± 20.75", ""),
-    ("D4RL/hammer/cloned-v2", "offline"): ("1.35 ± 0.32", ""),
-    ("D4RL/hammer/cloned-v2", "online"): ("57.27 ± 28.49", ""),
-}
-PUBLISHED_UPDATES = {"": "1000000", "offline": "1000000", "online": "1000000+1000000"}
-IQL = ("iql", "iql_continuous", "iql_finetune")  # labels that stand for the published algorithm
 # arguments that do not tell apart what is learned, or are told otherwise
-SAME = """seed exp_name torch_deterministic cuda cudagraphs compile track wandb_project_name wandb_entity capture_video
-checkpoint resume env_id dataset_id max_episodes total_updates offline_updates online_steps updates_per_step
-eval_envs""".split()
+SAME = """seed exp_name torch_deterministic cuda cudagraphs track wandb_project_name wandb_entity capture_video resume
+checkpoint env_id dataset_id max_episodes total_updates offline_updates online_steps eval_envs""".split()
 IDENTITY = ("environment", "data", "variant", "seed", "updates")
 NUMBERS = ("final", "best", "success_rate", "wall_seconds", "random_score", "dataset_score")
 COLUMNS = (*IDENTITY, "unit", *NUMBERS, "dataset_episodes")
-HEAD = "environment|data|variant|updates|runs|unit|final|final IQM|best|best IQM|success|minutes|random policy|"
-HEAD += "IQL in CORL|IQL's paper"
+EVALUATED = "only evaluated"  # the data of a run that trained nothing
+HEAD = ("environment", "data (mean score)", "variant", "updates", "runs", "final", "IQM of final", "best", "success")
 NOTES = """
-Scores are normalized as in D4RL: 0 is its random policy, 100 its expert. Where an environment has no such reference
-they are plain returns (see unit). Final is the last evaluation, best the best of a run. The last one has more episodes
-than the others, so a curve may bend at its end. ± is the standard deviation over seeds (divisor n). IQM is the mean of
-the middle half of the runs, with the 95% interval of 10,000 stratified bootstrap samples of the runs (Agarwal et al.
-2021). Minutes are a run's wall time. a+b updates are a offline and those of b online steps.
-
-Data are the Minari ids that the runs read, with the number and the mean score of the episodes found there; [:n] means
-the first n episodes. Published numbers stand only beside published sets and as many updates: CORL's final, best (v1
-sets, 4 seeds, 1M updates and, if online, 1M steps) are from the README of github.com/corl-team/CORL, the paper's
-(arXiv:2110.06169, v0 sets) as later papers quote them.
+Scores are normalized as in D4RL: 0 is its random policy, 100 its expert. Environments without such a reference have
+plain returns, and say so. Final is the last evaluation, best the best of a run, ± the standard deviation over seeds
+(divisor n). IQM is the mean of the middle half of the runs, with the 95% interval of 10,000 stratified bootstrap
+samples (Agarwal et al. 2021). a+b updates are a offline and those of b online steps; a->b were a at first and then
+lengthened to b, where the learning rate's cosine began anew. data[:n] are the first n episodes. Single runs, minutes
+and random policies are in results.csv; published scores are in docs/results.md.
 """
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's, for all eyes
 
 
-def read_folder(folder):
-    """The run directories of a folder, the oldest first: their arguments, what was measured and their evaluations."""
-    runs = []
-    for path in [*folder.glob("*/args.json"), *folder.glob("runs/*/args.json")]:
-        run, rows = json.loads(path.read_text()), []
-        if (path.parent / "evaluations.csv").exists():
-            with open(path.parent / "evaluations.csv", newline="") as file:
-                rows = list(csv.DictReader(file))
-        args = run["args"]
-        first, checkpoint, per_step = (args.get(name) for name in ("max_episodes", "checkpoint", "updates_per_step"))
-        run |= {"environment": args["env_id"], "seed": str(args["seed"]), "variant": args["exp_name"].split(".")[0]}
-        run |= {"data": (args.get("dataset_id") or "") + (f"[:{first}]" if first else "")}
-        if "total_updates" in args:
-            total = args["total_updates"]
-            updates = {"": f"checkpoint+{total}" if checkpoint else f"{total}"}
-        else:
-            total = (0 if checkpoint else args["offline_updates"]) + args["online_steps"] * per_step
-            updates = {"offline": "checkpoint" if checkpoint else f"{args['offline_updates']}"}
-            updates["online"] = f"{updates['offline']}+{args['online_steps']}" + f"*{per_step}" * (per_step > 1)
-        done = bool(rows) and rows[-1]["global_step"] == str(total) and bool(rows[-1]["wall_seconds"])
-        runs.append(run | {"rows": rows, "updates": updates, "done": done, "started": path.parent.name.split("__")[-1]})
-    return sorted(runs, key=lambda run: run["started"])
-
-
-def name_variants(runs):
-    """Where runs of one name had different arguments, these become a part of the name."""
+def group(items, *names):
+    """The items in lists, by their values of `names`."""
     groups = {}
-    for run in runs:
-        key = (run["environment"], run["data"], run["variant"], *run["updates"].values())
-        groups.setdefault(key, []).append(run)
-    for group in groups.values():
-        names = [name for name in group[0]["args"] if name not in SAME]
-        names = [name for name in names if len({str(run["args"].get(name)) for run in group}) > 1]
-        if group[0]["args"].get("beta") == 0 and group[0]["variant"] in IQL and "beta" not in names:
-            names.append("beta")  # behaviour cloning
-        for run in group:
-            run["variant"] = " ".join([run["variant"], *(f"{name}={run['args'].get(name)}" for name in names)])
+    for item in items:
+        groups.setdefault(tuple(str(item[name]) for name in names), []).append(item)
+    return groups
 
 
-def summarize(run):
-    """The rows of results.csv for a finished run: one, or one for each phase. They have their curve too."""
-    unit, score = ("normalized", "normalized_score") if run["rows"][-1]["normalized_score"] else ("return", None)
-    measured = {f"{name}_score": run.get(name, {}).get(score or "episodic_return") for name in ("random", "dataset")}
-    for phase, updates in run["updates"].items():
-        phases = {None: "", "0": "offline"}
-        rows = [row for row in run["rows"] if phases.get(row.get("online_steps"), "online") == phase]
-        if not rows:  # a checkpoint's fine-tuning has no offline phase
-            continue
-        steps = [float(row["global_step"]) for row in rows]
-        scores = [float(row[score or "episodic_return"]) for row in rows]
-        result = {name: run[name] for name in IDENTITY} | {"variant": f"{run['variant']} {phase}".strip()}
-        result |= {"updates": updates, "unit": unit, "final": scores[-1], "best": max(scores), "curve": (steps, scores)}
-        result |= {name: float(rows[-1][name] or "nan") for name in ("success_rate", "wall_seconds")}
-        result |= {name: float("nan" if value is None else value) for name, value in measured.items()}
-        yield result | {"dataset_episodes": str(run.get("dataset", {}).get("episodes", "?"))}
+def read_folder(folder):
+    """A result for each phase of the runs in a folder, the oldest first. What is not finished has no scores."""
+    results, paths = [], [*folder.glob("*/args.json"), *folder.glob("runs/*/args.json")]
+    for path in sorted(paths, key=lambda path: path.parent.name.split("__")[-1]):
+        run, table = json.loads(path.read_text()), path.with_name("evaluations.csv")
+        rows = list(csv.DictReader(table.read_text().splitlines() if table.exists() else []))
+        rows = [row for row in rows if row["wall_seconds"]]  # not one that was cut
+        args, data = run["args"], run["args"]["dataset_id"] if "dataset" in run else EVALUATED
+        label = args["exp_name"].removesuffix("." + data.replace("/", "."))
+        data += f"[:{args['max_episodes']}]" if args["max_episodes"] else ""
+        common = {"environment": args["env_id"], "data": data, "seed": str(args["seed"]), "run": path.parent.name}
+        common |= {"checkpoint": args["checkpoint"]}
+        common["args"] = {name: value for name, value in args.items() if name not in SAME}
+        offline = args.get("offline_updates", 0)
+        total = offline + args.get("online_steps", args.get("total_updates"))
+        # fine-tuning has its cosine online; a row tells what length it was asked for
+        later = [row for row in rows if row.get("online_steps") != "0"]
+        lengths = [int(row.get("total_steps") or row.get("total_updates") or total) - offline for row in later]
+        begin = "checkpoint" if args["checkpoint"] else str(offline)
+        updates = f"{begin}+{'->'.join(map(str, dict.fromkeys([*lengths, total - offline])))}"
+        phases = [("", updates.removeprefix("0+"), rows)]
+        if "online_steps" in args:
+            phases = [(" offline", begin, [row for row in rows if row not in later]), (" online", updates, later)]
+        last = rows[-1] if rows else {}
+        done = last.get("global_step") == str(total)
+        unit = "normalized" if last.get("normalized_score") else "return"
+        score = "normalized_score" if unit == "normalized" else "episodic_return"
+        for phase, updates, rows in phases:
+            result = common | {"variant": label, "phase": phase, "updates": updates, "unit": unit}
+            if done and rows:
+                scores = [float(row[score]) for row in rows]
+                result |= {"step": int(rows[-1]["global_step"]), "final": scores[-1], "best": max(scores)}
+                same_starts = [row for row in rows[:-1] if row["episodes"] == str(args["eval_episodes"])]
+                result["curve"] = [[float(row[name]) for row in same_starts] for name in ("global_step", score)]
+                result |= {name: float(rows[-1].get(name) or "nan") for name in ("success_rate", "wall_seconds")}
+                result |= {f"{name}_score": run.get(name, {}).get(score, np.nan) for name in ("random", "dataset")}
+                result["dataset_episodes"] = str(run.get("dataset", {}).get("episodes", ""))
+            if rows if done else phase != " offline":
+                results.append(result)
+    return results
 
 
-def read_csv(path):
-    """Runs of an earlier results.csv, which have no curve."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    if any(tuple(row) != COLUMNS for row in rows):
-        sys.exit(f"{path} is no results.csv of this report: its columns must be {','.join(COLUMNS)}.")
-    return [row | {name: float(row[name]) for name in NUMBERS} for row in rows]
+def name_variants(results):
+    """What tells runs of one name apart becomes a part of it: arguments, and checkpoints unless each has its seed."""
+    for same in group(results, "environment", "data", "variant", "phase", "updates").values():
+        names = dict.fromkeys(name for row in same for name in row["args"])
+        names = [name for name in names if len({str(row["args"].get(name)) for row in same}) > 1]
+        for row in same:
+            row["variant"] = " ".join([row["variant"], *(f"{name}={row['args'].get(name)}" for name in names)])
+    for same in group(results, "environment", "data", "variant", "phase", "updates").values():
+        shared = len(group(same, "seed", "checkpoint")) > len(group(same, "seed"))
+        for row in same:
+            row["variant"] += f" checkpoint={'/'.join(Path(row['checkpoint']).parts[-2:])}" if shared else ""
+            row["variant"] += row["phase"]
+    return results
 
 
 def collect(folder, earlier):
-    """All results, and the number of runs that are not finished. Of two with one identity the last counts."""
-    runs = read_folder(folder)
-    name_variants(runs)
-    results = read_csv(earlier) if earlier else []
-    results += [result for run in runs if run["done"] for result in summarize(run)]
-    results = {tuple(result[name] for name in IDENTITY): result for result in results}
-    left = set()
-    for run in runs:
-        phase, updates = list(run["updates"].items())[-1]
-        left.add((run["environment"], run["data"], f"{run['variant']} {phase}".strip(), run["seed"], updates))
+    """The newest result of each identity in order, and a text on the other runs."""
+    found, results, replaced, text = name_variants(read_folder(folder)), {}, {}, ""
+    lines = earlier.read_text().splitlines() if earlier else []
+    merged = [row | {name: float(row[name]) for name in NUMBERS} for row in csv.DictReader(lines)]
+    merged = [row | {"run": earlier.name, "args": {}} for row in merged]
+    for row in merged + [row for row in found if "final" in row]:
+        key = tuple(row[name] for name in IDENTITY)
+        old = results.get(key)
+        if old and ("curve" in old or any(str(old[name]) != str(row[name]) for name in COLUMNS)):
+            replaced[f"{old['run']} by {row['run']}"] = True
+        results[key] = row
+    if replaced:
+        text += f"\nReplaced by another run of the same name, arguments and seed: {', '.join(replaced)}.\n"
+    if unfinished := [row["run"] for row in found if "final" not in row]:
+        text += f"\nNot finished: {', '.join(unfinished)}.\n"
     order = sorted(results, key=lambda key: (*key[:2], key[2][:3] != "iql", key[2], key[4], int(key[3])))
-    return [results[key] for key in order], len(left - set(results))
+    return [results[key] for key in order], text
 
 
-def iqm(scores):
-    """Mean of the middle half along the last axis, as scipy.stats.trim_mean(scores, 0.25)."""
-    cut = scores.shape[-1] // 4
-    return np.sort(scores)[..., cut : scores.shape[-1] - cut].mean(-1)
+def iqm(strata):
+    """Mean of the middle half of all runs, and its 95% interval when each stratum's runs are drawn 10,000 times."""
+    rng, means = np.random.default_rng(0), []
+    drawn = [scores[rng.integers(len(scores), size=(10_000, len(scores)))] for scores in strata]
+    for scores in (np.concatenate(strata), np.concatenate(drawn, 1)):
+        cut = scores.shape[-1] // 4
+        means.append(np.sort(scores)[..., cut : scores.shape[-1] - cut].mean(-1))
+    return "{:.1f} [{:.1f}, {:.1f}]".format(means[0], *np.percentile(means[1], (2.5, 97.5)))
 
 
-def interval(strata):
-    """95% percentile interval of the IQM over all runs when each stratum's runs are drawn anew, 10,000 times."""
-    rng = np.random.default_rng(0)
-    samples = [scores[rng.integers(len(scores), size=(10_000, len(scores)))] for scores in strata]
-    return np.percentile(iqm(np.concatenate(samples, 1)), (2.5, 97.5))
+def make_table(results):
+    """The table in Markdown, without columns that would be empty."""
+    entries, lines, columns = [], [HEAD], []
+    for (environment, data, unit, *_), rows in group(
+        results, "environment", "data", "unit", "variant", "updates"
+    ).items():
+        found = f"{data} ({rows[0]['dataset_score']:.1f})".replace(" (nan)", "")
+        entries.append((environment + (" (returns)" if unit == "return" else ""), found, [rows]))
+    comparable = [row for row in results if row["unit"] == "normalized" and row["data"] != EVALUATED]
+    for rows in group(comparable, "variant", "updates", "args").values():
+        strata = list(group(rows, "environment", "data").values())
+        entries += [("all", f"{len(strata)} sets", strata)] if len(strata) > 1 else []
+    for environment, data, strata in entries:
+        rows = [row for stratum in strata for row in stratum]
+        finals = [np.array([row["final"] for row in stratum]) for stratum in strata]
+        final, best, success = (np.mean([row[name] for row in rows]) for name in ("final", "best", "success_rate"))
+        spread = f" ± {finals[0].std():.1f}" if len(rows) > len(strata) == 1 else ""
+        cells = [environment, data, rows[0]["variant"], rows[0]["updates"], str(len(rows)), f"{final:.1f}{spread}"]
+        cells += [iqm(finals) if len(rows) > len(strata) else "", f"{best:.1f}", f"{success:.2f}".replace("nan", "")]
+        lines.append(cells)
+    for head, *cells in zip(*lines, strict=True):
+        if any(cells):
+            width = max(map(len, (head, *cells)))
+            columns.append([cell.ljust(width) for cell in (head, "-" * width, *cells)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in zip(*columns, strict=True))
 
 
-def table_row(strata, environment, data, random="", published=("", "")):
-    """A line of the table for lists of runs: one list, of several seeds, or one for each dataset."""
-    runs = [run for stratum in strata for run in stratum]
-    cells = [environment, data, runs[0]["variant"], runs[0]["updates"], str(len(runs)), runs[0]["unit"]]
-    for name, digits in (("final", 1), ("best", 1), ("success_rate", 2)):
-        values = [np.array([run[name] for run in stratum]) for stratum in strata]
-        pooled = np.concatenate(values)
-        cells.append(f"{pooled.mean():.{digits}f}" + (f" ± {pooled.std():.{digits}f}" if len(strata) == 1 else ""))
-        if name != "success_rate":
-            cells.append("{:.1f} [{:.1f}, {:.1f}]".format(iqm(pooled), *interval(values)))
-    cells += [f"{np.mean([run['wall_seconds'] for run in runs]) / 60:.1f}", random, *published]
-    return ("| " + " | ".join(cells) + " |\n").replace("nan ± nan", "").replace("nan", "")
-
-
-def make_table(groups, unfinished):
-    """The report in Markdown."""
-    text, pools = f"| {HEAD.replace('|', ' | ')} |\n{'|---' * (HEAD.count('|') + 1)}|\n", {}
-    for (environment, data, variant, updates, unit), runs in groups.items():
-        found = f"{data} ({runs[0]['dataset_episodes']} episodes, {runs[0]['dataset_score']:.1f})"
-        label, _, phase = variant.partition(" ")
-        comparable = label in IQL and updates == PUBLISHED_UPDATES.get(phase) and unit == "normalized"
-        published = PUBLISHED.get((data, phase), ("", "")) if comparable else ("", "")
-        text += table_row([runs], environment, found, f"{runs[0]['random_score']:.1f}", published)
-        if unit == "normalized":
-            pools.setdefault((variant, updates), []).append(runs)
-    text += "".join(table_row(strata, "all", f"{len(strata)} sets") for strata in pools.values() if len(strata) > 1)
-    return text + (f"\n{unfinished} more runs are not finished.\n" if unfinished else "") + NOTES
-
-
-def draw(groups, path):
-    """Learning curves, if there are any: a row of panels for each environment, a panel for each of its datasets."""
-    panels, legend, colors = {}, {}, {}
-    for (environment, data, variant, updates, unit), runs in groups.items():
-        if runs := [run for run in runs if "curve" in run]:
-            panels.setdefault(environment, {}).setdefault((data, unit), {})[f"{variant}, {updates} updates"] = runs
+def draw(results, path):
+    """Learning curves, if there are any: a panel for each environment and dataset."""
+    results = [row for row in results if "curve" in row and row["data"] != EVALUATED]
+    panels, legend, colors = group(results, "environment", "data"), {}, {}
     if not panels:
         return
-    columns = max(map(len, panels.values()))
-    size = (max(6, 1 + 3.5 * columns), 1 + 2.7 * len(panels))
-    figure, axes = plt.subplots(len(panels), columns, figsize=size, squeeze=False, layout="constrained", dpi=150)
-    for row, (environment, datasets) in zip(axes, panels.items(), strict=True):
-        for ax in row[len(datasets) :]:
-            ax.axis("off")
-        for ax, ((data, unit), variants) in zip(row, datasets.items(), strict=False):
-            for name, runs in variants.items():
-                color = colors.setdefault(name, COLORS[len(colors) % len(COLORS)])
-                steps = runs[0]["curve"][0]
-                scores = np.array([np.interp(steps, *run["curve"]) for run in runs])
+    columns, lines = min(3, len(panels)), -(-len(panels) // 3)
+    figure = Figure(figsize=(max(6, 1 + 3.5 * columns), 1 + 2.7 * lines), layout="constrained", dpi=150)
+    for i, ((environment, data), panel) in enumerate(panels.items()):
+        ax = figure.add_subplot(lines, columns, i + 1)
+        for (variant, updates), rows in group(panel, "variant", "updates").items():
+            name = f"{variant}, {updates} updates"
+            color = colors.setdefault(name, COLORS[len(colors) % len(COLORS)])
+            name += ", mean and range of the seeds" if len(rows) > 1 else ""
+            steps = rows[0]["curve"][0]
+            scores = np.array([np.interp(steps, *row["curve"]) for row in rows if steps])
+            if steps:
                 ax.fill_between(steps, scores.min(0), scores.max(0), color=color, alpha=0.2, linewidth=0)
-                (legend[f"{name}, mean and range of the seeds"],) = ax.plot(steps, scores.mean(0), color=color)
-            legend["mean of the dataset"] = ax.axhline(runs[0]["dataset_score"], color="black", linestyle="--")
-            legend["random policy"] = ax.axhline(runs[0]["random_score"], color="gray", linestyle=":")
-            ax.set(title=f"{environment}\n{data}", xlabel="updates")
-            ax.set(ylabel="normalized score" if unit == "normalized" else "return")
-            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-            ax.grid(alpha=0.3)
+                (legend[name],) = ax.plot(steps, scores.mean(0), color=color)
+            mark = ax.plot([row["step"] for row in rows], [row["final"] for row in rows], "D", color=color, alpha=0.7)
+            legend.setdefault(name, *mark)
+        legend["mean of the dataset"] = ax.axhline(panel[0]["dataset_score"], color="black", linestyle="--")
+        legend["random policy"] = ax.axhline(panel[0]["random_score"], color="gray", linestyle=":")
+        ax.set(title=f"{environment}\n{data}", xlabel="updates", ylabel=f"score ({panel[0]['unit']})")
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+        ax.grid(alpha=0.3)
+    (legend["last evaluation, from other start states"],) = ax.plot([], [], "D", color="gray")
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path)
 
 
-def main(folder: Positional[Path], out: Optional[Path] = None, merge: Optional[Path] = None):
-    """Table, results.csv and learning curves of the finished runs in a folder.
-
-    Args:
-        folder: where the run directories are, or a folder `runs` with them
-        out: where report.md, results.csv and figure.png go (default: the folder)
-        merge: an earlier results.csv, whose runs count too if the folder does not have them
-    """
-    out = out or folder
-    results, unfinished = collect(folder, merge)
+def main(folder: tyro.conf.Positional[Path], merge: Path | None = None):
+    """Write report.md, results.csv and figure.png of a folder's runs; --merge adds those of an earlier results.csv."""
+    results, others = collect(folder, merge)
     if not results:
-        sys.exit(f"{folder} holds no finished run, so there is no report ({unfinished} are not finished).")
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "results.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(results)
-    groups = {}
-    for result in results:
-        key = tuple(result[name] for name in ("environment", "data", "variant", "updates", "unit"))
-        groups.setdefault(key, []).append(result)
-    table = make_table(groups, unfinished)
-    (out / "report.md").write_text(table, encoding="utf-8")
-    draw(groups, out / "figure.png")
+        sys.exit(f"{folder} holds no finished run, so there is no report.{others}")
+    with open(folder / "results.csv", "w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *([row[name] for name in COLUMNS] for row in results)])
+    text = make_table(results) + others + NOTES
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    draw(results, folder / "figure.png")
     sys.stdout.reconfigure(encoding="utf-8")
-    print(f"{table}\nThis is {out / 'report.md'}; results.csv and, if there are curves, figure.png are beside it.")
+    print(f"{text}\nThis is {folder / 'report.md'}; results.csv and, if there are curves, figure.png are beside it.")
 
 
 if __name__ == "__main__":

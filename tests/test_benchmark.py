@@ -15,70 +15,57 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BENCHMARK = ROOT / "benchmark.sh"
-# Files, lines, flags and signals are those of the scripts. It says how it was started and has a child process, as they
-# have for evaluation. Seed 13 fails; "--slow" takes forever, "--deaf" does not listen to SIGTERM either.
+# It says how it was started, has a child as the scripts have for evaluation, and stops as they do. Seed 13 fails;
+# "--slow" takes forever until it is resumed, "--deaf" does not listen to SIGTERM either.
 STAND_IN = """
 import argparse, json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 def load_dataset(env_id, dataset_id):
-    print("downloading", dataset_id, "for", env_id, flush=True)
+    print("getting", dataset_id, "for", env_id, flush=True)
     if "slow" in dataset_id:
-        Path(os.environ["HOME"], "downloading").touch()
+        Path(os.environ["HOME"], "getting").touch()
         time.sleep(600)
     if "lost" in dataset_id:
         sys.exit("There is no such set.")
 
 def stop(signum, frame):
+    print("Stopped", flush=True)
     child.kill()
     os._exit(128 + signum)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    for name in ("env-id", "dataset-id", "exp-name", "resume", "eval-envs", "beta"):
+    for name in ("env-id", "dataset-id", "exp-name", "resume", "beta", "seed"):
         parser.add_argument("--" + name)
-    for name in ("total-updates", "offline-updates", "online-steps", "seed"):
-        parser.add_argument("--" + name, type=int)
+    for name in ("total-updates", "offline-updates", "online-steps"):
+        parser.add_argument("--" + name, type=int, default=0)
     for name in ("slow", "deaf"):
         parser.add_argument("--" + name, action="store_true")
     args = parser.parse_args()
-    env = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MINARI_DATASETS_PATH")}
-    print("started:", json.dumps({"argv": sys.argv[1:], **env}))
+    names = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MINARI_DATASETS_PATH")
+    print("started:", json.dumps({"argv": sys.argv[1:], **{name: os.environ.get(name) for name in names}}))
+    if args.seed == "13":
+        sys.exit("There is no luck in 13.")
     child = subprocess.Popen(["sleep", "600"])
     signal.signal(signal.SIGTERM, signal.SIG_IGN if args.deaf else stop)
     run_dir = Path(args.resume or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}")
-    if args.resume:
-        text = (run_dir / "checkpoint.pt").read_text()
-    else:
-        run_dir.mkdir(parents=True)
-        (run_dir / "args.json").write_text(json.dumps({"args": vars(args)}))
-        last = args.total_updates or args.offline_updates + args.online_steps
-        text = f"global_step,normalized_score,wall_seconds\\n{last},5,6\\n"
-    if args.seed == 13:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    done, total = run_dir / "checkpoint.pt", args.total_updates or args.offline_updates + args.online_steps
+    if args.resume and total < int(done.read_text()):
         child.kill()
-        sys.exit("There is no luck in 13.")
-    (run_dir / "evaluations.csv").write_text(text)
-    if args.slow and not args.resume:
-        if not args.deaf:
-            (run_dir / "checkpoint.pt").write_text(text)
+        sys.exit(f"{run_dir} has done {done.read_text()} updates already.")
+    done.write_text(str(total))
+    if args.slow:
         time.sleep(600)
     child.kill()
-    print("final: done")
+    print("final: version 1")
 """
-# The real report has tests of its own.
-REPORT = """
-import sys
-from pathlib import Path
-
-dirs = list(Path(sys.argv[1]).glob("runs/*/args.json"))
-print(f"{len(dirs)} run directories in {sys.argv[1]}")
-sys.exit(not dirs and "holds no finished run")
-"""
+REPORT = "import sys, pathlib; print(len(list(pathlib.Path(sys.argv[1]).glob('runs/*'))), 'runs in', sys.argv[1])"
 VARIABLES = (
-    "TASKS DATASETS VARIANTS SEEDS UPDATES FINETUNE ONLINE_STEPS EXTRA OUT PYTHON ENGINE WORKERS_PER_GPU WORKERS"
+    "TASKS DATASETS VARIANTS SEEDS UPDATES FINETUNE ONLINE_STEPS SCRIPT EXTRA OUT PYTHON WORKERS_PER_GPU WORKERS "
 )
-VARIABLES += " GPUS CPUS PARTITION TIME_LIMIT SBATCH_FLAGS"
+VARIABLES += "ENGINE SBATCH_FLAGS"
 
 
 class Benchmark:
@@ -86,41 +73,39 @@ class Benchmark:
 
     def __init__(self, folder):
         self.folder, self.out, self.mark = folder, folder / "runs" / "benchmark", f"MARK_{uuid.uuid4().hex}"
-        shutil.copy(BENCHMARK, folder)
-        for name in ("iql_continuous.py", "iql_finetune.py"):
-            (folder / name).write_text(STAND_IN)
+        shutil.copy(ROOT / "benchmark.sh", folder)
         for name in ("bin", "docs"):
             (folder / name).mkdir()
+        for name in ("iql_continuous.py", "iql_finetune.py"):
+            (folder / name).write_text(STAND_IN)
         (folder / "docs" / "report.py").write_text(REPORT)
-        clean = {name: value for name, value in os.environ.items() if name not in VARIABLES.split()}
-        self.env = {**clean, "PYTHON": sys.executable, "HOME": str(folder), self.mark: "1", "CUDA_VISIBLE_DEVICES": ""}
+        self.env = {name: value for name, value in os.environ.items() if name not in VARIABLES.split()}
+        self.env |= {"PYTHON": sys.executable, "HOME": str(folder), self.mark: "1", "CUDA_VISIBLE_DEVICES": ""}
         self.env |= {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "WORKERS": "2", "UPDATES": "1000"}
         self.env |= {"TASKS": "AdroitHandPen-v1", "DATASETS": "human", "SEEDS": "1 2"}
-        self.env["MINARI_DATASETS_PATH"] = "sets"
-        (folder / "sets" / "D4RL" / "pen" / "human-v2" / "data").mkdir(parents=True)
 
     def add_tool(self, name, script):
         (self.folder / "bin" / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
         (self.folder / "bin" / name).chmod(0o755)
 
     def start(self, *args, script="benchmark.sh", **env):
-        # fmt: off
-        return subprocess.Popen(
-            ["bash", script, *args], cwd=self.folder, env={**self.env, **env}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-            # what started the tests may ignore SIGINT, as shells do in the background, and bash cannot undo that
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        # fmt: on
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+        # what started the tests may ignore SIGINT, as shells do in the background, and bash cannot undo that
+        streams["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+        return subprocess.Popen(["bash", script, *args], cwd=self.folder, env={**self.env, **env}, **streams)
 
     def __call__(self, *args, status=0, **env):
         process = self.start(*args, **env)
-        output, errors = process.communicate(timeout=120)
-        assert process.returncode == status, output + errors
-        return output + errors
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == status, output
+        return output
 
     def logs(self):
         return {path.stem: path.read_text() for path in sorted(self.out.glob("logs/*.log"))}
+
+    def starts(self):
+        """How each run was started the last time."""
+        return {name: json.loads(re.findall("^started: (.*)$", log, re.M)[-1]) for name, log in self.logs().items()}
 
     def wait_for(self, pattern, count=1):
         deadline = time.time() + 120
@@ -129,7 +114,7 @@ class Benchmark:
             time.sleep(0.05)
 
     def processes(self):
-        """By number, what still runs of everything that was started here; a zombie has no environment."""
+        """What still runs of everything that was started here, by number; a zombie has no environment."""
         found = {}
         for path in Path("/proc").glob("[0-9]*"):
             try:
@@ -158,280 +143,247 @@ def benchmark(tmp_path):
             pass
 
 
-def started(log):
-    """How the stand-in was started the last time, from its log."""
-    return json.loads(re.findall("^started: (.*)$", log, re.M)[-1])
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck():
+    subprocess.run(["shellcheck", ROOT / "benchmark.sh"], check=True)
 
 
-def test_shell():
-    subprocess.run(["bash", "-n", BENCHMARK], check=True)
-    if shutil.which("shellcheck") is None:
-        pytest.skip("shellcheck is not installed")
-    subprocess.run(["shellcheck", BENCHMARK], check=True)
-
-
-def test_help_lists_the_variables(benchmark):
-    text = benchmark("--help")
-    assert [name for name in VARIABLES.split() if not re.search(rf"\b{name}\b", text)] == []
-    assert "nvidia-cuda-mps-control -d" in text
-
-
-def test_two_tasks(tmp_path):
-    """The tiny real benchmark with its report; run again, it has nothing to do."""
-    keep = {name: value for name, value in os.environ.items() if name not in VARIABLES.split()}
-    env = {**keep, "PYTHON": sys.executable, "OUT": str(tmp_path / "out"), "DATASETS": "bundled/{task}/demos-v0"}
-    env |= {"SEEDS": "3", "UPDATES": "20", "HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": "", "WORKERS": "2"}
-    env["EXTRA"] = "--eval-frequency 10 --eval-episodes 1 --final-episodes 2 --max-episodes 5"
-    for _ in range(2):
-        done = subprocess.run(["bash", BENCHMARK], env=env, cwd=tmp_path, capture_output=True, text=True)
+def test_a_real_run_with_its_report(tmp_path):
+    """A copy under its own name, on bundled data; with more updates the same run goes on, and is marked."""
+    shutil.copy(ROOT / "iql_continuous.py", tmp_path / "my_variant.py")
+    env = {name: value for name, value in os.environ.items() if name not in VARIABLES.split()}
+    env |= {"PYTHON": sys.executable, "SCRIPT": "my_variant.py", "OUT": "out", "DATASETS": "bundled/{task}/demos-v0"}
+    env |= {"TASKS": "AdroitHandPen-v1", "SEEDS": "3", "CUDA_VISIBLE_DEVICES": "", "WORKERS": "1"}
+    env["EXTRA"] = "--eval-frequency 2 --eval-episodes 1 --final-episodes 2 --max-episodes 5 --eval-envs 1"
+    for updates in ("2", "4"):
+        command = ["bash", ROOT / "benchmark.sh"]
+        done = subprocess.run(command, env=env | {"UPDATES": updates}, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-        with open(tmp_path / "out" / "results.csv") as file:
-            runs = list(csv.DictReader(file))
-        assert [(run["environment"], run["data"], run["variant"], run["seed"], run["updates"]) for run in runs] == [
-            (f"AdroitHand{task}-v1", f"bundled/{task.lower()}/demos-v0[:5]", "iql", "3", "20")
-            for task in ("Hammer", "Pen")
-        ]
-        for run in runs:
-            (path,) = (tmp_path / "out" / "runs").glob(f"{run['environment']}__iql.*__{run['seed']}__*")
-            with open(path / "evaluations.csv") as file:
-                *_, before, last = csv.DictReader(file)
-            assert (last["global_step"], float(last["normalized_score"])) == ("20", float(run["final"]))
-            assert float(last["success_rate"]) == float(run["success_rate"])
-            assert float(run["best"]) >= max(float(row["normalized_score"]) for row in (before, last))
-            assert float(run["dataset_score"]) > float(run["random_score"])
-            assert run["dataset_episodes"] == "5"
-        assert (tmp_path / "out" / "figure.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         assert (tmp_path / "out" / "report.md").read_text() in done.stdout
-    assert "2 finished before" in done.stdout
-    assert len(list((tmp_path / "out" / "runs").iterdir())) == 2
+    (run,) = csv.DictReader((tmp_path / "out" / "results.csv").open())
+    identity = tuple(run[name] for name in ("data", "variant", "seed", "updates"))
+    assert identity == ("bundled/pen/demos-v0[:5]", "my_variant", "3", "2->4")
+    (path,) = (tmp_path / "out" / "runs").iterdir()
+    *_, last = csv.DictReader((path / "evaluations.csv").open())
+    assert (last["global_step"], float(last["normalized_score"])) == ("4", float(run["final"]))
 
 
 def test_commands(benchmark):
     """Each task, dataset, variant and seed once, in a folder with blanks and brackets and through a symbolic link."""
     (benchmark.folder / "link").mkdir()
     (benchmark.folder / "link" / "it.sh").symlink_to("../benchmark.sh")
-    (benchmark.folder / "sets" / "own" / "pen-v0" / "data").mkdir(parents=True)
-    env = {"DATASETS": "human own/{task}-v0", "VARIANTS": "iql;\n bc --beta 0", "OUT": "my [1] out"}
-    benchmark.add_tool("nproc", "echo 2")
-    process = benchmark.start(script="link/it.sh", **env)
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, output + errors
+    tasks = {"pen": "AdroitHandPen-v1", "hammer": "AdroitHandHammer-v1"}
+    env = {"DATASETS": "human own/{task}-v0", "VARIANTS": "iql;\n bc\n --beta 0", "OUT": "my [1] out"}
+    env |= {"TASKS": " ".join(tasks.values()), "MINARI_DATASETS_PATH": "sets", "EXTRA": "--exp-name no\n--env-id no"}
     benchmark.out = benchmark.folder / "my [1] out"
-    assert f"8 run directories in {benchmark.out}" in output
+    output = benchmark(script="link/it.sh", **env)
+    assert f"16 runs in {benchmark.out}" in output
     wanted = {}
-    for data in ("D4RL/pen/human-v2", "own/pen-v0"):
-        for label, flags in (("iql", ""), ("bc", "--beta 0")):
-            for seed in "12":
-                name = f"{label}.{data.replace('/', '.')}"
-                flags_of_it = f"--total-updates 1000 --env-id AdroitHandPen-v1 --dataset-id {data} --exp-name {name}"
-                wanted[f"AdroitHandPen-v1__{name}__{seed}"] = (
-                    f"--eval-envs 1 {flags_of_it} {flags} --seed {seed}".split()
-                )
-    assert {name: started(log)["argv"] for name, log in benchmark.logs().items()} == wanted
+    for task, env_id in tasks.items():
+        for data in (f"D4RL/{task}/human-v2", f"own/{task}-v0"):
+            for label, flags in (("iql", ""), ("bc", "--beta 0")):
+                for seed in "12":
+                    name = f"{label}.{data.replace('/', '.')}"
+                    command = f"--env-id {env_id} --dataset-id {data} --exp-name {name} --exp-name no --env-id no"
+                    command += f" {flags} --seed {seed} --total-updates 1000"
+                    wanted[f"{env_id}__{name}__{seed}"] = command.split()
+    assert {name: start["argv"] for name, start in benchmark.starts().items()} == wanted
+    assert {start["MINARI_DATASETS_PATH"] for start in benchmark.starts().values()} == {str(benchmark.folder / "sets")}
 
 
 def test_finetune(benchmark):
+    """What a run begins with cannot be changed, but it can be lengthened."""
+    benchmark.out = benchmark.folder / "runs" / "benchmark_finetune"
     benchmark(FINETUNE="1", ONLINE_STEPS="300", SEEDS="1")
-    (log,) = (benchmark.folder / "runs" / "benchmark_finetune" / "logs").iterdir()
-    first, *_ = log.read_text().splitlines()
-    assert first.startswith(
-        "command: iql_finetune.py --offline-updates 1000 --online-steps 300 --env-id AdroitHandPen-v1"
-    )
+    (start,) = benchmark.starts().values()
+    assert start["argv"][-6:] == "--offline-updates 1000 --seed 1 --online-steps 300".split()
+    assert "has other flags" in benchmark(FINETUNE="1", ONLINE_STEPS="300", SEEDS="1", UPDATES="2000", status=2)
+    benchmark(FINETUNE="1", ONLINE_STEPS="1400", SEEDS="1")
+    (start,) = benchmark.starts().values()
+    assert (start["argv"][0], start["argv"][2:]) == ("--resume", ["--online-steps", "1400"])
 
 
-@pytest.mark.parametrize("to_group", [True, False], ids=["SIGINT to all", "SIGTERM to the script"])
-def test_stop_and_resume(benchmark, to_group):
-    process = benchmark.start(EXTRA="--slow", SEEDS="1 2 3")
-    benchmark.wait_for("runs/*/runs/*/checkpoint.pt", 2)
-    assert len(benchmark.processes()) >= 7  # itself, xargs, its shells, two runs and their children
-    os.killpg(process.pid, signal.SIGINT) if to_group else process.terminate()
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == (130 if to_group else 143), output + errors
-    assert "stopped with 0 of 3 runs done" in errors
-    benchmark.wait_until_gone()
-    assert len(list(benchmark.out.glob("runs/*"))) == 2  # nothing was started after the signal
-    (first,) = benchmark.out.glob("runs/*__1__*")
-    for path in benchmark.out.glob("runs/*__2__*/checkpoint.pt"):
-        path.unlink()  # as if this one had been killed before its first
-
-    process = benchmark.start(EXTRA="--slow", SEEDS="1 2 3")
-    benchmark.wait_for("runs/*/runs/*/checkpoint.pt", 3)
-    process.terminate()
-    process.communicate(timeout=120)
-    resumed, afresh, _ = benchmark.logs().values()
-    assert started(resumed)["argv"] == ["--resume", f"runs/{first.name}"]
-    assert "final: done" in resumed and resumed.count("started:") == 2  # appended, not overwritten
-    assert "--resume" not in started(afresh)["argv"] and afresh.count("started:") == 2
-    benchmark(EXTRA="--slow", SEEDS="1 2 3")
+def test_finished_runs_go_on_with_more_updates(benchmark):
+    """With fewer they end in a message, and nothing is lost."""
+    benchmark()
     logs = benchmark.logs()
-    assert all("final: done" in log for log in logs.values())
-    assert "3 finished before" in benchmark(EXTRA="--slow", SEEDS="1 2 3")
+    assert benchmark().count("was finished before") == 2
+    assert benchmark.logs() == logs
+    benchmark(UPDATES="2000", SEEDS="1")
+    (run,) = benchmark.out.glob("runs/*__1__*")
+    first, _ = benchmark.starts().values()
+    assert first["argv"] == ["--resume", f"runs/{run.name}", "--total-updates", "2000"]
+    assert "has done 2000 updates already" in benchmark(status=1)
+    assert len(list(benchmark.out.glob("runs/*"))) == 2
+    benchmark(UPDATES="2000")
+
+
+def test_results_of_two_versions_do_not_mix(benchmark):
+    """Not by an edit, not under one label; the old version can be gone on with."""
+    benchmark()
+    logs, script = benchmark.logs(), benchmark.folder / "iql_continuous.py"
+    script.write_text(script.read_text().replace("version 1", "version 2"))
+    output = benchmark(SEEDS="3", UPDATES="2000", status=2)
+    assert "benchmark is of another iql_continuous.py: set OUT, rename yours" in output
+    script.rename(script.with_name("my.variant.py"))
+    output = benchmark(SEEDS="3", VARIANTS="mine; iql_continuous", SCRIPT="my.variant.py", status=2)
+    assert "iql_continuous is the label of another script's runs" in output
+    assert benchmark.logs() == logs
+    benchmark(SEEDS="3", SCRIPT="my.variant.py")
+    benchmark(SEEDS="4", SCRIPT="runs/benchmark/iql_continuous.py")
+    found = {tuple(name.split("__")[1:]): log.split("version ")[1][0] for name, log in benchmark.logs().items()}
+    old = {("iql_continuous.D4RL.pen.human-v2", seed): "1" for seed in "124"}
+    assert found == {**old, ("my.variant.D4RL.pen.human-v2", "3"): "2"}
+
+
+def test_other_flags_need_another_folder(benchmark):
+    """But those of a run that never began can be corrected."""
+    assert "unrecognized arguments: --bta 1" in benchmark(EXTRA="--bta 1", status=1)
+    benchmark(EXTRA="--beta 1")
+    logs = benchmark.logs()
+    assert "has other flags" in benchmark(SEEDS="3 1", EXTRA="--beta 2", status=2)
     assert benchmark.logs() == logs
 
 
-def test_deaf_runs_are_killed(benchmark):
-    process = benchmark.start(EXTRA="--slow --deaf")
-    benchmark.wait_for("runs/*/runs/*/evaluations.csv", 2)
-    process.terminate()
-    process.communicate(timeout=120)
-    assert process.returncode == 143
-    benchmark.wait_until_gone()
-
-
-def test_stop_while_downloading(benchmark):
-    process = benchmark.start(DATASETS="own/slow-v0")
-    benchmark.wait_for("downloading")
-    process.terminate()
-    process.communicate(timeout=120)
-    assert process.returncode == 143
-    benchmark.wait_until_gone()
-    assert not list(benchmark.out.glob("runs/*"))
-
-
-def test_failed_run(benchmark):
-    output = benchmark(SEEDS="13 1 2", status=1)
-    assert "2 done, 0 running, 1 failed, 0 waiting" in output
-    assert "There is no luck in 13." in output
-    assert "__13 is not finished" in output and "__1 is not finished" not in output
-    assert "3 run directories in" in output
-    assert "There is no luck in 13." in benchmark("--report", status=1)
-
-
-def test_a_run_is_not_started_twice(benchmark):
-    process = benchmark.start(EXTRA="--slow")
+@pytest.mark.parametrize(
+    ("to_group", "flags"), [(True, "--slow"), (False, "--slow --deaf")], ids=["SIGINT to all", "SIGTERM to the script"]
+)
+def test_stop(benchmark, to_group, flags):
+    """Meanwhile no other call starts the same runs; afterwards nothing runs, not even what does not listen."""
+    process = benchmark.start(EXTRA=flags, SEEDS="1 2 3")
     benchmark.wait_for("runs/*/runs/*/checkpoint.pt", 2)
-    output = benchmark(EXTRA="--slow", status=1)
-    assert output.count("is being run by another process") == 2
+    assert benchmark(EXTRA=flags, status=1).count("it is being run already") == 2
+    assert len(benchmark.processes()) >= 7  # itself, xargs, its shells, two runs and their children
+    os.killpg(process.pid, signal.SIGINT) if to_group else process.terminate()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == (130 if to_group else 143), output
+    assert "stopping; the same command goes on" in output
+    benchmark.wait_until_gone()
     assert len(list(benchmark.out.glob("runs/*"))) == 2
+    assert [log.count("Stopped") for log in benchmark.logs().values()] == [0 if "--deaf" in flags else 1] * 2
+
+
+def test_runs_that_were_killed_go_on(benchmark):
+    """From their checkpoint, or afresh if they have none yet."""
+    env = {"EXTRA": "--slow", "SEEDS": "1 2 3"}
+    process = benchmark.start(**env)
+    benchmark.wait_for("runs/*/runs/*/checkpoint.pt", 2)
+    for pid in benchmark.processes():
+        os.kill(pid, signal.SIGKILL)
+    process.communicate(timeout=120)
+    benchmark.wait_until_gone()
+    (first,), (second,) = (list(benchmark.out.glob(f"runs/*__{seed}__*")) for seed in (1, 2))
+    (second / "checkpoint.pt").unlink()
+    process = benchmark.start(**env)
+    benchmark.wait_for("runs/*/runs/*/checkpoint.pt", 3)
     process.terminate()
     process.communicate(timeout=120)
+    resumed, afresh, _ = benchmark.starts().values()
+    assert resumed["argv"] == ["--resume", f"runs/{first.name}", "--total-updates", "1000"]
+    assert "--resume" not in afresh["argv"]
+    benchmark(**env)
+    assert [log.count("started:") for log in benchmark.logs().values()] == [2, 3, 2]  # appended, not overwritten
 
 
-@pytest.mark.parametrize("visible", [None, "4,GPU-abc"])
-def test_gpus(benchmark, visible):
-    benchmark.add_tool("nvidia-smi", "printf '0\\n1\\n'")
+@pytest.mark.parametrize("moment", ["comparing", "getting"])
+def test_stop_before_the_runs(benchmark, moment):
+    """Also while bash waits for a command that the signal does not reach."""
+    if moment == "comparing":
+        benchmark.add_tool("cmp", 'touch "$HOME/comparing" && sleep 1')
+    process = benchmark.start(DATASETS="own/slow-v0")
+    benchmark.wait_for(moment)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    assert process.returncode == 130
+    benchmark.wait_until_gone()
+    assert not benchmark.logs()
+
+
+def test_failed_runs(benchmark):
+    """The others go on; datasets are asked for once, before the runs."""
+    output = benchmark(SEEDS="13 1 2", DATASETS="human own/lost-v0", status=1)
+    assert re.findall("getting (.*)\n(There is no such set.)?", output) == [
+        ("D4RL/pen/human-v2 for AdroitHandPen-v1", ""),
+        ("own/lost-v0 for AdroitHandPen-v1", "There is no such set."),
+    ]
+    assert output.count(" FAILED ") == 2 and output.count(" finished ") == 4
+    failed = "logs/AdroitHandPen-v1__iql_continuous.D4RL.pen.human-v2__13.log <==\n"
+    for text in (output, benchmark("--report", status=1)):
+        assert failed in text and "There is no luck in 13." in text and text.count("<==") == 2
+    assert "4 runs in" in output
+    benchmark(SEEDS="1")  # what this call did not ask for does not count
+
+
+@pytest.mark.parametrize(
+    ("visible", "smi", "slots", "devices", "threads"),
+    [
+        (None, "printf '0\\n1\\n'", "4 at a time on 2 GPUs and 12 cores", ["0", "0", "1", "1"], "3"),
+        ("4, GPU-abc", "exit 1", "4 at a time on 2 GPUs and 12 cores", ["4", "4", "GPU-abc", "GPU-abc"], "3"),
+        (None, "echo NVIDIA-SMI has failed; exit 9", "12 at a time on 0 GPUs and 12 cores", [""] * 4, "1"),
+    ],
+)
+def test_slots(benchmark, visible, smi, slots, devices, threads):
+    """All at once: a slot that is free again would be used twice."""
+    benchmark.add_tool("nvidia-smi", smi)
     benchmark.add_tool("nproc", "echo ${OMP_NUM_THREADS:-12}")
-    benchmark.env.pop("CUDA_VISIBLE_DEVICES")
+    del benchmark.env["CUDA_VISIBLE_DEVICES"], benchmark.env["WORKERS"]
     env = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
-    # all at once: a slot that is free again would be used twice
     process = benchmark.start(WORKERS_PER_GPU="2", SEEDS="1 2 3 4", EXTRA="--slow", OMP_NUM_THREADS="1", **env)
     benchmark.wait_for("runs/*/runs/*/checkpoint.pt", 4)
     process.terminate()
-    output, _ = process.communicate(timeout=120)
-    assert "4 at a time on 2 GPUs and 12 cores" in output
-    starts = [started(log) for log in benchmark.logs().values()]
-    first, second = (visible or "0,1").split(",")
-    assert sorted(start["CUDA_VISIBLE_DEVICES"] for start in starts) == sorted([first] * 2 + [second] * 2)
-    assert {start["OMP_NUM_THREADS"] for start in starts} == {"3"}
-    assert {start["argv"][:2][1] for start in starts} == {"3"}
-
-
-def test_cpu(benchmark):
-    """One worker a core; nvidia-smi without a driver is no GPU."""
-    benchmark.add_tool("nvidia-smi", "echo NVIDIA-SMI has failed; exit 9")
-    benchmark.add_tool("nproc", "echo 3")
-    benchmark.env.pop("WORKERS")
-    benchmark.env.pop("CUDA_VISIBLE_DEVICES")
-    assert "3 at a time on 0 GPUs and 3 cores" in benchmark()
-    starts = [started(log) for log in benchmark.logs().values()]
-    assert {(start["CUDA_VISIBLE_DEVICES"], start["OMP_NUM_THREADS"]) for start in starts} == {("", "1")}
-    assert {tuple(start["argv"][:2]) for start in starts} == {("--eval-envs", "1")}
-
-
-def test_datasets_are_downloaded_once(benchmark):
-    output = benchmark(DATASETS="human cloned own/lost-v0", SEEDS="1 2")
-    assert sorted(re.findall("downloading (.*)", output)) == [
-        "D4RL/pen/cloned-v2 for AdroitHandPen-v1",
-        "own/lost-v0 for AdroitHandPen-v1",
-    ]
-    assert "There is no such set.\nIts runs will fail, the others go on." in output
-    # the runs are started elsewhere, a relative path would mislead them
-    paths = {started(log)["MINARI_DATASETS_PATH"] for log in benchmark.logs().values()}
-    assert paths == {str(benchmark.folder / "sets")}
+    assert slots in process.communicate(timeout=120)[0]
+    starts = benchmark.starts().values()
+    assert sorted(start["CUDA_VISIBLE_DEVICES"] for start in starts) == devices
+    assert {start["OMP_NUM_THREADS"] for start in starts} == {threads}
 
 
 def test_slurm(benchmark):
     """What sbatch is told; its jobs are then run here."""
     benchmark.add_tool("sbatch", 'printf "%s\\n" "$@" > "$HOME/sbatch"; env > "$HOME/sbatch_env"')
-    env = {"ENGINE": "slurm", "SEEDS": "1 2 13", "GPUS": "0", "CPUS": "2", "PARTITION": "night", "TIME_LIMIT": "60"}
-    env["OUT"] = "my [1] out"
-    del benchmark.env["WORKERS"]
+    (benchmark.folder / "my.py").write_text(STAND_IN)
     benchmark.out = benchmark.folder / "my [1] out"
-    benchmark(SBATCH_FLAGS="--account me --nice", **env)
+    env = {"OUT": "my [1] out", "SCRIPT": "my.py"}
+    del benchmark.env["WORKERS"]
+    benchmark(ENGINE="slurm", SEEDS="1 2 13", WORKERS_PER_GPU="2", SBATCH_FLAGS="--account me --nice", **env)
     told = (benchmark.folder / "sbatch").read_text().splitlines()
-    wanted = ["--array=0,1", "--cpus-per-task=2", "--partition=night", "--time=60", f"--chdir={benchmark.out}"]
-    assert set([*wanted, "--account", "me", "--nice"]) <= set(told)
-    assert not any(flag.startswith("--gres") for flag in told)
+    assert {"--array=0-1", "--account", "me", "--nice", f"--output={benchmark.out}/logs/%A_%a.out"} <= set(told)
     (wrapped,) = (flag.removeprefix("--wrap=") for flag in told if flag.startswith("--wrap="))
     lines = (benchmark.folder / "sbatch_env").read_text().splitlines()
     job_env = dict(line.split("=", 1) for line in lines if "=" in line)
+    (benchmark.folder / "my.py").write_text("edited while the jobs wait")
     for task, status in (("0", 0), ("1", 1)):
         job_env |= {"SLURM_ARRAY_TASK_ID": task, "SLURM_CPUS_PER_TASK": "2"}
         job = subprocess.run(["sh", "-c", wrapped], env=job_env, cwd=benchmark.out, capture_output=True, text=True)
         assert job.returncode == status, job.stdout + job.stderr
-        assert f"{2 - status} runs into" in job.stdout and "run directories" not in job.stdout
+        assert f"{2 - status} runs into" in job.stdout and "2 at a time on 0 GPUs" in job.stdout
+        assert "getting" not in job.stdout and "runs in /" not in job.stdout
+    assert list(benchmark.starts()) == [f"AdroitHandPen-v1__my.D4RL.pen.human-v2__{seed}" for seed in (1, 13, 2)]
     output = benchmark("--report", status=1, OUT="my [1] out")
-    assert "There is no luck in 13." in output and "3 run directories in" in output
-    benchmark(**env)  # only what is not finished, by the same number
-    assert "--array=1" in (benchmark.folder / "sbatch").read_text().splitlines()
-    benchmark(**env | {"GPUS": "2", "WORKERS_PER_GPU": "1"})
-    told = (benchmark.folder / "sbatch").read_text().splitlines()
-    assert {"--gres=gpu:2", "--array=1"} <= set(told)
-    (benchmark.folder / "sbatch").unlink()
-    assert "2 finished before" not in benchmark(**env | {"SEEDS": "1 2"})  # but the report
-    assert not (benchmark.folder / "sbatch").exists()
+    assert "There is no luck in 13." in output and "2 runs in" in output
 
 
 @pytest.mark.parametrize(
     ("env", "sentence"),
     [
-        ({"ENGINE": "foo"}, "ENGINE must be local or slurm, not 'foo'"),
-        ({"FINETUNE": "yes"}, "FINETUNE must be 0 or 1, not 'yes'"),
-        ({"UPDATES": "1e6"}, "UPDATES must be a whole number of at least 1, not '1e6'"),
-        ({"WORKERS": "0"}, "WORKERS must be a whole number of at least 1, not '0'"),
-        ({"SEEDS": "1 x"}, "SEEDS must be whole numbers, not 'x'"),
-        ({"SEEDS": "1 1"}, "would run twice"),
-        ({"DATASETS": ""}, "DATASETS, VARIANTS or SEEDS is empty"),
-        ({"DATASETS": "a/b"}, "DATASETS must be short names or Minari ids that end in a version (-v2), not 'a/b'"),
-        ({"TASKS": "Pendulum-v1"}, "TASKS must be Adroit tasks with dense rewards"),
-        ({"VARIANTS": "iql; --beta 0"}, "VARIANTS must start with a label"),
-        ({"PYTHON": "no_such_python"}, "no_such_python is not on the PATH"),
-        ({"OUT": "benchmark.sh/out"}, "benchmark.sh/out cannot be written, choose another folder with OUT"),
+        ({"ENGINE": "foo"}, "ENGINE=foo"),
+        ({"FINETUNE": "yes"}, "FINETUNE=yes must be 0 or 1"),
+        ({"WORKERS": "0"}, "WORKERS=0 "),
+        ({"VARIANTS": "iql; --beta 0"}, "VARIANTS are labels with flags, not '--beta 0'"),
+        ({"VARIANTS": "iql;"}, "VARIANTS are labels with flags, not ' '"),
+        ({"PYTHON": "no_such_python"}, "'no_such_python' is not there"),
+        ({"SCRIPT": "no_such.py"}, "no_such.py"),
+        ({"options": ["--reprot"]}, "'--reprot' is no option"),
+        ({"options": ["SEEDS=1"]}, "'SEEDS=1' is no option, see --help. Variables stand before bash."),
     ],
 )
-def test_errors(benchmark, env, sentence):
-    output = benchmark(status=2, **env)
-    assert sentence in output
-    assert output.splitlines()[-1].startswith("benchmark.sh: ") and "Traceback" not in output
-    assert not list(benchmark.out.glob("runs/*"))
+def test_what_is_mistyped_is_named(benchmark, env, sentence):
+    env = dict(env)
+    process = benchmark.start(*env.pop("options", ()), **env)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and sentence in output.splitlines()[-1], output
+    assert not benchmark.logs()
 
 
-def test_missing_package(benchmark):
-    benchmark.add_tool("bare_python", f'exec "{sys.executable}" -S "$@"')
-    assert "lacks torch, minari or matplotlib" in benchmark(PYTHON="bare_python", status=2)
-
-
-def test_no_sbatch(benchmark):
-    for name in "bash env nproc realpath dirname mkdir setsid flock xargs grep".split():
-        (benchmark.folder / "bin" / name).symlink_to(shutil.which(name))
-    assert "sbatch is not on the PATH" in benchmark(ENGINE="slurm", PATH=str(benchmark.folder / "bin"), status=2)
-
-
-def test_sbatch_refuses(benchmark):
-    benchmark.add_tool("sbatch", "echo invalid partition >&2; exit 1")
-    output = benchmark(ENGINE="slurm", status=2)
-    assert "invalid partition" in output and "sbatch refused" in output
-
-
-def test_options(benchmark):
-    assert "--no is not an option" in benchmark("--no", status=2)
-    assert "holds no finished run" in benchmark("--report", status=1)
-
-
-def test_other_flags_need_another_folder(benchmark):
-    benchmark()
-    logs = benchmark.logs()
-    assert "was run with other flags" in benchmark(UPDATES="2000", status=2)
-    assert "was run with other flags" in benchmark(SEEDS="1 3", EXTRA="--beta 1", status=2)
-    assert benchmark.logs() == logs
-    benchmark(SEEDS="2", WORKERS="1")  # how many run at a time is no such flag
+def test_help_lists_the_variables(benchmark):
+    text = benchmark("--help")
+    assert [name for name in VARIABLES.split() if not re.search(rf"\b{name}\b", text)] == []
