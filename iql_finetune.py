@@ -161,7 +161,9 @@ def make_env(env_id, **kwargs):
         if env.spec.id in TASKS:
             env = D4RLRules(gym.wrappers.TimeLimit(env, ADROIT[TASKS[env.spec.id]][0]))
         box = env.action_space
-        assert len(box.shape) == 1 and box.dtype.kind == "f" and (box.low < box.high).all(), f"no flat float Box: {box}"
+        assert len(box.shape) == 1 and box.dtype.kind == "f" and (box.low < box.high).all(), (
+            f"no float action Box: {box}"
+        )
         assert env.spec.max_episode_steps, f"{env_id} has no time limit: register it with max_episode_steps"
         env = gym.wrappers.FlattenObservation(env)
         return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
@@ -252,7 +254,7 @@ def load_transitions(dataset, env, max_episodes=None):
         obs = obs.reshape(len(obs), -1)
         shapes = [obs.shape, episode.actions.shape, episode.rewards.shape, episode.terminations.shape]
         if shapes != (fitting := [(T + 1, obs_dim), (T, act_dim), (T,), (T,)]):
-            sys.exit(f"{dataset.id} does not fit {env.spec.id}: an episode has shapes {shapes}, not {fitting}.")
+            sys.exit(f"{dataset.id} does not fit {env.spec.id}: observations, ... have shapes {shapes}, not {fitting}.")
         transitions["observations"].append(obs[:-1])
         transitions["actions"].append(episode.actions)
         transitions["rewards"].append(episode.rewards)

@@ -62,9 +62,9 @@ def test_actions_reach_the_environments_own_bounds():
 
 UNFIT = {
     "Endless": "no time limit",
-    **dict.fromkeys(["MatrixAction", "IntAction", "ZeroWidth"], "no flat float Box: Box"),
+    **dict.fromkeys(["MatrixAction", "IntAction", "ZeroWidth"], "actions in no float vector: Box"),
 }
-UNFIT["DiscreteAction"] = r"no flat float Box: Discrete\(3\)"
+UNFIT["DiscreteAction"] = r"actions in no float vector: Discrete\(3\)"
 
 
 @pytest.mark.parametrize("kind", UNFIT)
@@ -324,7 +324,8 @@ OUT_OF_RANGE = {
     "between 0 and 1": "expectile=0 expectile=1 gamma=-1 gamma=2 tau=-1 tau=2 actor_dropout=-1 actor_dropout=1",
     "--learning-rate must be above 0": "learning_rate=0 max_weight=-1 beta=-1 max_episodes=-1",
 }
-LENGTHS = {iql: "total_updates=-1", iql_finetune: "offline_updates=-1 online_steps=-1 learning_starts=-1"}
+LENGTHS = {iql: "total_updates=-1"}
+LENGTHS[iql_finetune] = "offline_updates=-1 online_steps=-1 learning_starts=-1 exploration_scale=-1"
 
 
 @pytest.mark.parametrize("script", LENGTHS, ids=SCRIPTS)
