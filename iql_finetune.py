@@ -161,9 +161,7 @@ def make_env(env_id, **kwargs):
         if env.spec.id in TASKS:
             env = D4RLRules(gym.wrappers.TimeLimit(env, ADROIT[TASKS[env.spec.id]][0]))
         box = env.action_space
-        assert len(box.shape) == 1 and box.dtype.kind == "f" and (box.low < box.high).all(), (
-            f"no float action Box: {box}"
-        )
+        assert len(box.shape) == 1 and box.dtype.kind == "f" and (box.low < box.high).all(), f"unfit actions: {box}"
         assert env.spec.max_episode_steps, f"{env_id} has no time limit: register it with max_episode_steps"
         env = gym.wrappers.FlattenObservation(env)
         return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-# 25 evaluations with a checkpoint each, in about two seconds
+# 13 evaluations with a checkpoint each, in about a second
 RUN_LENGTHS = {
-    "iql_continuous": "--total-updates 240",
+    "iql_continuous": "--total-updates 120",
     # whole episodes before the first online update: those of a resumed run, which begin anew, end where others do
-    "iql_finetune": "--offline-updates 60 --online-steps 180 --learning-starts 10",
+    "iql_finetune": "--offline-updates 40 --online-steps 80 --learning-starts 10",
 }
 SCRIPTS = list(RUN_LENGTHS)
 TINY = "--env-id tiny_env:Tiny-v0 --dataset-id tiny/good-v0 --no-cuda --batch-size 32 "

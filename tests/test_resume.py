@@ -13,7 +13,7 @@ from processes import ROOT, SCRIPTS, assert_refused, finish, run, run_dir, saved
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 # runs that are offline to their end: all of their bits can be compared
-LENGTH = {"iql_continuous": "", "iql_finetune": "--offline-updates 240 --online-steps 0"}
+LENGTH = {"iql_continuous": "", "iql_finetune": "--offline-updates 120 --online-steps 0"}
 # episodes of ten steps, each of which ends at a checkpoint
 ONLINE = "--offline-updates 20 --online-steps 60 --learning-starts 10"
 
