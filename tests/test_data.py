@@ -62,9 +62,9 @@ def test_actions_reach_the_environments_own_bounds():
 
 UNFIT = {
     "Endless": "no time limit",
-    **dict.fromkeys(["MatrixAction", "IntAction", "ZeroWidth"], "actions in no float vector: Box"),
+    **dict.fromkeys(["MatrixAction", "IntAction", "ZeroWidth"], "unfit actions: Box"),
 }
-UNFIT["DiscreteAction"] = r"actions in no float vector: Discrete\(3\)"
+UNFIT["DiscreteAction"] = r"unfit actions: Discrete\(3\)"
 
 
 @pytest.mark.parametrize("kind", UNFIT)
