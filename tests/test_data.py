@@ -429,11 +429,14 @@ def test_args_json_names_the_bundled_set_that_took_the_default_ones_place(root, 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_goal_environment_is_learned_from(script, root, tmp_path):
-    env = minari.DataCollector(gym.make("PointMaze_UMaze-v3", max_episode_steps=30))
-    env.reset(seed=0)
-    while not env.step(env.action_space.sample())[3]:
-        pass
-    env.create_dataset("odd/set-v0")
+    env = gym.make("PointMaze_UMaze-v3", max_episode_steps=30)
+    seen, actions = [env.reset(seed=0)[0]], []
+    while len(actions) < 30:
+        actions.append(env.action_space.sample())
+        seen.append(env.step(actions[-1])[0])
+    observations = {name: np.array([obs[name] for obs in seen]) for name in seen[0]}
+    spaces = {"observation_space": env.observation_space, "action_space": env.action_space}
+    write(episode(30, observations=observations, actions=np.array(actions)), **spaces)
     flags = f"--env-id PointMaze_UMaze-v3 --dataset-id odd/set-v0 {LENGTH[script]} --eval-frequency 100"
     final = run(script, tmp_path, flags).splitlines()[-1]
     assert final.startswith("final: PointMaze_UMaze-v3") and "success_rate=" in final
