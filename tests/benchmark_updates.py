@@ -4,11 +4,7 @@
 
 They take turns, so that their ratios survive a machine whose speed drifts. The bound is the 44 matrix products of one
 update, forward and backward, written into memory that is already there. A library that is not installed is left out;
-this environment has both, and the script's own PyTorch:
-
-    python -m venv /tmp/libraries
-    /tmp/libraries/bin/pip install torch==2.13.0 d3rlpy==2.8.1 torchrl==0.14.1 tyro==1.0.17
-    /tmp/libraries/bin/python tests/benchmark_updates.py --threads 1
+docs/results.md installs both beside the script's own PyTorch.
 """
 
 import copy

@@ -101,6 +101,6 @@ def test_a_captured_run_has_the_bits_of_a_plain_one_resumed_or_not(script, tmp_p
         assert all(torch.equal(plain[name], tensor) for name, tensor in found.items())
 
 
-@GPU
-def test_the_update_benchmark_runs_on_a_gpu(tmp_path):
-    assert "of the bound" in run_script(ROOT / "tests" / "benchmark_updates.py", "--turns 1", tmp_path)
+def test_the_update_benchmark_runs(tmp_path):
+    printed = run_script(ROOT / "tests" / "benchmark_updates.py", "--turns 1 --steps 1", tmp_path)
+    assert printed.count("of the bound") == 3
