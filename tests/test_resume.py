@@ -139,7 +139,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(scrip
 
 def test_arguments_given_on_resume_hold_from_then_on(tmp_path):
     run("iql_continuous", tmp_path, "--total-updates 20")
-    before = saved_by(tmp_path)
+    before, best = saved_by(tmp_path), (run_dir(tmp_path) / "best.pt").read_bytes()
+    torch.save({**before, "best_return": 1e9}, run_dir(tmp_path) / "checkpoint.pt")  # no later evaluation is better
     done = finish(resume("iql_continuous", tmp_path, "--total-updates 40 --learning-rate 0.002 --final-episodes 3"))
     assert done.returncode == 0 and "global_step=40, " in done.stdout.splitlines()[-1], done.stderr
     saved = saved_by(tmp_path)
@@ -147,6 +148,7 @@ def test_arguments_given_on_resume_hold_from_then_on(tmp_path):
         **saved["args"],
         "resume": None,
     }
+    assert saved["best_return"] == 1e9 and (run_dir(tmp_path) / "best.pt").read_bytes() == best
     rows = saved["evaluations"]
     assert rows[:3] == before["evaluations"]  # with the length that they were asked for
     assert [(row["episodes"], row["total_updates"]) for row in rows] == 3 * [(2, 20)] + [(2, 40), (3, 40)]
@@ -190,9 +192,11 @@ def test_an_online_run_goes_on_from_its_checkpoint_and_loses_no_transition(tmp_p
     done = finish(resume("iql_finetune", tmp_path / "killed"))
     assert done.returncode == 0, done.stderr
     assert_same_result(tmp_path / "killed", tmp_path / "straight")
-    # longer, and without a part of what was collected
+    # longer, with a best score that is never reached again, and then without a part of what was collected
+    torch.save({**saved_by(tmp_path / "killed"), "best_return": 1e9}, path.with_name("checkpoint.pt"))
     done = finish(resume("iql_finetune", tmp_path / "killed", "--online-steps 80"))
     assert "global_step=100, " in done.stdout.splitlines()[-1], done.stderr
+    assert saved_by(tmp_path / "killed")["best_return"] == 1e9
     longer = np.fromfile(path, np.float32).reshape(80, 10)
     assert longer.any(1).all() and longer[:60].tobytes() == result(tmp_path / "straight")[-1][0]
     longer[30] = 0
