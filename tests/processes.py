@@ -120,10 +120,10 @@ def saved_by(folder, name="checkpoint.pt"):
     return torch.load(run_dir(folder) / name, weights_only=True)
 
 
-def wait_until(condition, process, timeout=120, or_ended=False):
-    """Poll a condition that comes true while `process` runs, or before it has ended."""
+def wait_until(condition, process, timeout=120):
+    """Poll a condition that comes true while `process` runs."""
     deadline = time.monotonic() + timeout
-    while not condition() and not (or_ended and not process.is_alive()):
-        assert process.is_alive() or or_ended, finish(process)
+    while not condition():
+        assert process.is_alive(), finish(process)
         assert time.monotonic() < deadline, "what the test waits for never came"
         time.sleep(0.0005)  # writing a checkpoint takes some milliseconds
