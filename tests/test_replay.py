@@ -16,7 +16,7 @@ import iql_continuous
 import iql_finetune
 
 NAMES = ("observations", "actions", "rewards", "next_observations", "terminations")
-VALUES = {"gamma": 0.9, "tau": 0.5, "expectile": 0.6, "beta": 2.0, "max_weight": 1.5, "actor_dropout": 0.3}
+VALUES = {"gamma": 0.9, "tau": 0.5, "expectile": 0.6, "beta": 2.0, "max_weight": 0.9, "actor_dropout": 0.3}
 FLAGS = " ".join(f"--{name} {value}" for name, value in VALUES.items())
 FLAGS += " --seed 7 --batch-size 16 --learning-rate 0.01 --reward-scale 0.25 --reward-shift 0.5"
 
@@ -57,6 +57,15 @@ def assert_same(agent, saved):
         torch.testing.assert_close(tensor, saved["agent"][name], rtol=1e-3, atol=1e-4, msg=name)
 
 
+def assert_logged(metrics, events):
+    """The means of the last update's metrics are the losses logged last."""
+    clipped = (metrics["weights"] >= VALUES["max_weight"]).float()
+    assert 0 < clipped.mean() < 1
+    means = {name: tensor.mean().item() for name, tensor in {**metrics, "clipped_weights": clipped}.items()}
+    logged = {name: events.Scalars(f"losses/{name}")[-1].value for name in means}
+    assert logged == pytest.approx(means, rel=1e-2, abs=1e-3)
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 def test_an_offline_run_is_update_on_the_prepared_data(normalize, tmp_path):
     flags = f"{FLAGS} --max-episodes 3" + ("" if normalize else " --no-normalize-obs")
@@ -70,8 +79,9 @@ def test_an_offline_run_is_update_on_the_prepared_data(normalize, tmp_path):
         optimizers[1].param_groups[0]["lr"].fill_(cosine(k, 5))
         indices = torch.randint(30, (16,))
         batch = {name: column[indices] for name, column in data.items()}
-        iql_continuous.update(agent, optimizers, batch, iql_continuous.Args(**VALUES))
+        metrics = iql_continuous.update(agent, optimizers, batch, iql_continuous.Args(**VALUES))
     assert_same(agent, saved_by(tmp_path / "5"))
+    assert_logged(metrics, EventAccumulator(str(run_dir(tmp_path / "5"))).Reload())
 
 
 @pytest.mark.parametrize("anneal", [True, False])
@@ -109,7 +119,7 @@ def test_an_online_run_is_update_on_the_data_and_what_the_environment_gave(annea
             optimizers[1].param_groups[0]["lr"].fill_(cosine(k - 1, 45) if anneal else 0.01)
             indices = (torch.rand(16, dtype=torch.float64) * (40 + k)).long()
             batch = {name: column[indices] for name, column in data.items()}
-            iql_finetune.update(agent, optimizers, batch, iql_finetune.Args(**VALUES))
+            metrics = iql_finetune.update(agent, optimizers, batch, iql_finetune.Args(**VALUES))
     torch.testing.assert_close(torch.from_numpy(online.reshape(45, 10)), torch.stack(rows), rtol=1e-3, atol=1e-4)
     assert_same(agent, saved)
     rates = [optimizer["param_groups"][0]["lr"].item() for optimizer in saved["optimizers"]]
@@ -120,6 +130,7 @@ def test_an_online_run_is_update_on_the_data_and_what_the_environment_gave(annea
     assert any(successes) and not all(successes) and len(ends) > 5
     assert saved["online_successes"] == successes
     events = EventAccumulator(str(run_dir(tmp_path / "45")), size_guidance={"scalars": 0}).Reload()
+    assert_logged(metrics, events)
     logged = [(event.step, event.value) for event in events.Scalars("charts/online_episodic_return")]
     assert logged == [(step, pytest.approx(episodic_return, rel=1e-3)) for step, episodic_return, _ in ends]
     regrets = {step: 1 - np.mean(successes[: i + 1]) for i, (step, _, _) in enumerate(ends)}

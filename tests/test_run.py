@@ -136,29 +136,25 @@ def test_best_pt_is_the_best_evaluation_on_the_start_states_that_all_share(finis
 
 def test_a_checkpoint_keeps_its_statistics_and_units_and_evaluates_to_its_score(finished, tmp_path):
     script, folder, _ = finished
-    path = run_dir(folder) / "checkpoint.pt"
-    before = saved_by(folder)
+    before, path = saved_by(folder), tmp_path / "scaled.pt"
+    units = {"reward_scale": 0.125, "reward_shift": -0.5, "normalize_obs": False}
+    torch.save({**before, "args": {**before["args"], **units}}, path)
     same = f"--env-id {before['args']['env_id']} --checkpoint {path} --final-episodes 5"
     if script == "iql_continuous":
         run(script, tmp_path / "evaluated", f"{same} --total-updates 0 --dataset-id None")
-        (row,), args = rows_of(tmp_path / "evaluated"), saved_by(tmp_path / "evaluated")["args"]
+        (row,), evaluated = rows_of(tmp_path / "evaluated"), saved_by(tmp_path / "evaluated")
         assert row["episodic_return"] == rows_of(folder)[-1]["episodic_return"]
-        assert args["dataset_id"] is None  # none was read
+        # no dataset was read
+        assert {name: evaluated["args"][name] for name in ("dataset_id", *units)} == {"dataset_id": None, **units}
         last = run(script, tmp_path / "evaluated", f"--resume runs/{run_dir(tmp_path / 'evaluated').name}", tiny=False)
-        assert (
-            f"with {path}, seed 1: {iql_continuous.describe(saved_by(tmp_path / 'evaluated')['evaluations'][0])}"
-            in last
-        )
-    state = torch.load(path, weights_only=True)
-    state["args"] |= {"reward_scale": 0.125, "reward_shift": -0.5}
-    torch.save(state, tmp_path / "scaled.pt")
-    flags = f"{FLAGS['iql_finetune']} --env-id {before['args']['env_id']} --checkpoint {tmp_path / 'scaled.pt'}"
-    printed = run("iql_finetune", tmp_path / "tuned", f"{flags} --dataset-id tiny/other-v0 --final-episodes 5")
+        assert f"with {path}, seed 1: {iql_continuous.describe(evaluated['evaluations'][0])}" in last
+    flags = f"{FLAGS['iql_finetune']} {same} --dataset-id tiny/other-v0"
+    printed = run("iql_finetune", tmp_path / "tuned", flags)
     saved = saved_by(tmp_path / "tuned")
     for name in ("actor.obs_mean", "actor.obs_std"):
         assert torch.equal(saved["agent"][name], before["agent"][name])
-    args = {name: saved["args"][name] for name in ("dataset_id", "reward_scale", "reward_shift", "offline_updates")}
-    assert args == {"dataset_id": "tiny/other-v0", "reward_scale": 0.125, "reward_shift": -0.5, "offline_updates": 0}
+    args = {name: saved["args"][name] for name in ("dataset_id", "offline_updates", *units)}
+    assert args == {"dataset_id": "tiny/other-v0", "offline_updates": 0, **units}
     first = saved["evaluations"][0]
     assert first["episodic_return"] == before["evaluations"][-1]["episodic_return"] and first["online_steps"] == 0
     assert f"before fine-tuning: {iql_continuous.describe(first)}\n" in printed
