@@ -51,6 +51,7 @@ def become(script, arguments, folder, environment, streams):
     others = [path for path in sys.path if path not in (str(ROOT), str(ROOT / "tests"))]
     sys.path = [str(script.parent), *environment["PYTHONPATH"].split(os.pathsep), *others]
     multiprocessing.process._parent_process = None  # by this a script tells itself from its workers
+    multiprocessing.set_start_method("fork", force=True)  # Python's own on Linux, and not the server's
     runpy.run_path(str(script), run_name="__main__")
 
 
