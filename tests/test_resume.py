@@ -96,7 +96,7 @@ def test_a_stop_signal_in_an_evaluation_ends_a_run_with_a_sentence(signum, send,
     (tmp_path / "hang").unlink()  # Python sees a signal that comes just before a blocking read only after it
     done = finish(process)
     assert_refused(done, "Stopped: go on with python ", f"--resume {run_dir(tmp_path).relative_to(tmp_path)}")
-    assert done.returncode == 128 + signum
+    assert done.returncode == 128 + signum and done.stderr.count("Stopped") == 1  # the workers keep silent
     done = finish(resume(script, tmp_path))
     assert done.returncode == 0, done.stderr
     assert_same_result(tmp_path, straight)
