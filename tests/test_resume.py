@@ -36,6 +36,9 @@ def result(folder):
     """What two runs with the same arguments have in common: both checkpoints, evaluations.csv, scalars, online.bin."""
     with open(run_dir(folder) / "evaluations.csv") as file:
         table = timeless(list(csv.DictReader(file)))
+    files = sorted(run_dir(folder).glob("events.*"), key=lambda path: path.stat().st_mtime_ns)
+    for k, path in enumerate(files):  # TensorBoard reads those of one second in the order of their process ids as text
+        path.rename(path.with_name(f"events.out.tfevents.{k}"))
     events = EventAccumulator(str(run_dir(folder)), size_guidance={"scalars": 0}).Reload()
     tags = [tag for tag in events.Tags()["scalars"] if tag != "charts/SPS"]
     scalars = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
