@@ -89,6 +89,12 @@ def test_weights_are_clipped(advantage, weight):
     assert torch.isfinite(metrics["actor_loss"])
 
 
+def test_the_standard_deviation_stays_between_the_official_bounds():
+    actor = iql.Actor(2, 3)
+    actor.log_std.data[:] = torch.tensor([-9.0, 1.5, 9.0])
+    assert actor(torch.zeros(1, 2))[1].tolist() == [-5.0, 1.5, 2.0]
+
+
 def updated(agent=None, optimizers=None, **values):
     """The weights after two updates from the same beginning, the critics drawn apart from their targets."""
     torch.manual_seed(0)
