@@ -83,6 +83,7 @@ def test_evaluations_are_the_same_in_the_table_the_checkpoint_tensorboard_and_th
 
 def test_args_json_explains_the_run(finished):
     script, folder, printed = finished
+    assert re.fullmatch(r"tiny_env_Ending-v0__named__4__\d{10}", run_dir(folder).name)
     written, saved = json.loads((run_dir(folder) / "args.json").read_text()), saved_by(folder)
     assert written["args"] == saved["args"]
     defaults = vars(__import__(script).Args())
