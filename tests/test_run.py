@@ -188,8 +188,10 @@ def test_the_final_policy_is_filmed_for_one_episode(script, tmp_path):
     assert dark.returncode != 0 and "no screen" in dark.stderr and not (tmp_path / "dark" / "runs").exists()
 
 
-def test_two_runs_of_one_name_in_one_second_share_no_folder(tmp_path):
-    processes = [start("iql_continuous", tmp_path, "--total-updates 0") for _ in range(4)]
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_runs_of_one_name_in_one_second_share_no_folder(script, tmp_path):
+    length = "--total-updates 0" if script == "iql_continuous" else "--offline-updates 0 --online-steps 0"
+    processes = [start(script, tmp_path, length) for _ in range(4)]
     codes = [finish(process).returncode for process in processes]
     assert codes.count(0) == len(list((tmp_path / "runs").iterdir()))
 
