@@ -1,10 +1,20 @@
-"""Scores are D4RL's: a random policy scores 0 under the rules, and only where the rules are D4RL's."""
+"""Scores are D4RL's: a random policy scores 0 under the rules, and only where the rules are D4RL's.
+
+`golden/door_demonstrations.npz` holds the first 200 steps of two human demonstrations of door, recorded in the original
+environment: its observations before each step, the actions, its rewards, and the state that each begins with. They are
+those with index 12 and 16 in dapg/demonstrations/door-v0_demos.pickle of github.com/aravindr93/hand_dapg at commit
+9a1de23 (Rajeswaran et al. 2018, Apache-2.0, datasets/LICENSE_DAPG), with float32 actions and observations.
+"""
+
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 
 import iql_continuous as iql
+
+DEMONSTRATIONS = np.load(Path(__file__).parent / "golden" / "door_demonstrations.npz")
 
 
 @pytest.mark.parametrize(
@@ -16,6 +26,52 @@ def test_a_random_policy_scores_zero(task, episodes, tolerance):
     horizon, *reference = iql.ADROIT[task.lower()]
     assert abs(iql.summarize(returns, None, reference)["normalized_score"]) < tolerance
     assert envs.envs[0].spec.max_episode_steps == horizon == (100 if task == "Pen" else 200)
+
+
+def replay(k):
+    """Observations before each step, and rewards, of demonstration k's actions in this repository's door."""
+    env = iql.make_env("AdroitHandDoor-v1")()
+    state = {name: DEMONSTRATIONS[name][k] for name in ("qpos", "qvel", "door_body_pos")}
+    observations, rewards = [env.reset(options={"initial_state_dict": state})[0]], []
+    for action in np.clip(DEMONSTRATIONS["actions"][k], -1, 1):
+        obs, reward, terminated, truncated, _ = env.step(action)
+        observations.append(obs)
+        rewards.append(reward)
+        assert not terminated and truncated == (len(rewards) == 200)
+    return np.array(observations[:-1]), np.array(rewards)
+
+
+@pytest.mark.parametrize("k", [0, 1])
+def test_door_gives_the_rewards_that_the_original_environment_gave(k, monkeypatch):
+    observations, rewards = replay(k)
+    recorded = DEMONSTRATIONS["rewards"][k]
+    # the recorded arm did not begin in the recorded first state: by step 40 nothing is left of that.
+    # Contacts move single fingers by up to 0.16; latch, hinge, palm and handle stay within 0.033
+    error = np.abs(observations - DEMONSTRATIONS["observations"][k])[40:]
+    assert np.median(error) < 0.003 and error[:, :27].max() < 0.25 and error[:, 27:].max() < 0.05
+    assert np.abs(rewards - recorded).max() < 0.01
+    assert rewards.sum() == pytest.approx(recorded.sum(), rel=0.01)
+
+    # gymnasium-robotics' own rewards are not these
+    monkeypatch.setattr(iql, "TASKS", {})
+    _, own_rewards = replay(k)
+    assert own_rewards.sum() != pytest.approx(recorded.sum(), rel=0.04)
+
+
+def test_the_bundled_demonstrations_of_door_follow_d4rls_rules():
+    env = iql.make_env("AdroitHandDoor-v1")()
+    columns, returns = iql.load_transitions(iql.load_dataset(env.spec.id, "bundled/door/demos-v0"), env)
+    summary = iql.summarize(returns, None, iql.ADROIT["door"][1:])
+    assert len(columns["rewards"]) == 6729 and not columns["terminations"].any()
+    assert iql.describe(summary) == (
+        "episodes=25, episodic_return=170.1, episodic_return_std=241.19, normalized_score=7.72"
+    )
+    # D4RL's reward but for its cost of joint velocities, which observations do not have
+    hinge, reach = columns["next_observations"][:, 28], columns["next_observations"][:, 35:38]
+    rewards = -0.1 * np.linalg.norm(reach, axis=1) - 0.1 * (hinge - 1.57) ** 2
+    rewards += 2 * (hinge > 0.2) + 8 * (hinge > 1.0) + 10 * (hinge > 1.35)
+    cost = rewards - columns["rewards"]
+    assert 0 < cost.min() and cost.max() < 0.03
 
 
 def test_a_dropped_pen_ends_the_episode_as_a_termination():
