@@ -17,7 +17,7 @@
 #   PYTHON           the Python that has requirements.txt (default: python)
 #   WORKERS_PER_GPU  runs that share a GPU of CUDA_VISIBLE_DEVICES or, if it is unset, of all (default: 4). They take
 #                    turns on it unless NVIDIA's MPS runs, which nvidia-cuda-mps-control -d starts
-#   WORKERS          runs at a time where there is no GPU (default: one a core, with one thread)
+#   WORKERS          runs at a time, of one thread each, without a GPU (default: nproc, which sees no container's quota)
 #   ENGINE           slurm submits a job array, WORKERS_PER_GPU runs a job; collect with --report afterwards
 #   SBATCH_FLAGS     flags for sbatch (default: --gres=gpu:1 --cpus-per-task=4)
 
@@ -40,6 +40,7 @@ trap 'stop 129' HUP && trap 'stop 130' INT && trap 'stop 143' TERM
 : "${UPDATES:=1000000}" "${ONLINE_STEPS:=1000000}" "${FINETUNE:=0}" "${PYTHON:=python}" "${ENGINE:=local}"
 : "${WORKERS=}" "${WORKERS_PER_GPU:=4}" "${SBATCH_FLAGS=--gres=gpu:1 --cpus-per-task=4}"
 [[ $FINETUNE$ENGINE == [01]@(local|slurm) ]] || die "FINETUNE=$FINETUNE must be 0 or 1, ENGINE=$ENGINE local or slurm."
+[[ $ENGINE${SLURM_ARRAY_TASK_ID:-}$* != slurm ]] || command -v sbatch > /dev/null || die "ENGINE=slurm needs sbatch."
 command -v "$PYTHON" > /dev/null || die "'$PYTHON' is not there: set PYTHON to the Python that has requirements.txt."
 here=$(dirname "$(realpath "$0")")
 if ((FINETUNE)); then
@@ -51,9 +52,10 @@ else
 fi
 
 PYTHON=$(realpath -s "$(command -v "$PYTHON")") SCRIPT=$(realpath -s "$SCRIPT") script=$(basename "$SCRIPT")
+[[ $script =~ ^[[:alnum:]._-]+[.]py$ ]] || die "'$script' must be a name of letters, digits and ._- that ends in .py."
 [[ -z ${MINARI_DATASETS_PATH:-} ]] || MINARI_DATASETS_PATH=$(realpath -m "$MINARI_DATASETS_PATH")
 [[ ${1:-} == --report ]] || mkdir -p "$OUT/logs"
-cd "$OUT" # where all runs start
+cd "$OUT" 2> /dev/null || die "OUT=$OUT is no folder: nothing was run there yet." # where all runs start
 
 report() { # LOG...: with the end of those that are not finished
     status=0
@@ -65,15 +67,17 @@ report() { # LOG...: with the end of those that are not finished
 }
 [[ ${1:-} != --report ]] || report logs/*.log
 
-# the script may be edited meanwhile: a copy is run
-[[ -e $script ]] || cp "$SCRIPT" .
+[[ -e $script ]] || cp "$SCRIPT" . # which is run: the script may be edited meanwhile
 cmp "$SCRIPT" "$script" || die "$OUT is of another $script: set OUT, rename yours, or go on with SCRIPT=$OUT/$script."
 [[ -d tests ]] || ln -sfn "$here/tests" tests # the bundled datasets
 export PYTHON OUT=$PWD SCRIPT=$PWD/$script LENGTH=$length
 
-# a line for each run: its log, which has the name of its directory, and its command
+folder() { sed -En 's|^(runs/[^ :/]+): .*|\1|p' "$1" 2> /dev/null | tail -n 1; } # of a log's run, as the script says
+# a line for each run: its log and its command
 runs=() sets=()
 IFS=';' read -rd '' -a variants <<< "${VARIANTS:=${script%.py}}" || true
+[[ ! " $EXTRA $VARIANTS " =~ [[:space:]]--(env.id|dataset.id|exp.name|seed|resume|total.updates|online.steps) ]] ||
+    die "EXTRA and VARIANTS cannot have --${BASH_REMATCH[1]}: labels and other variables set it, see --help."
 for env in $TASKS; do
     task=${env#AdroitHand} task=${task%-v*} task=${task,,}
     for dataset in $DATASETS; do
@@ -89,8 +93,7 @@ for env in $TASKS; do
                 name=${env//[:\/]/_}__$label.${dataset//\//.}__$seed
                 command="$script --env-id $env --dataset-id $dataset --exp-name $label.${dataset//\//.}"
                 read -rd '' -a words <<< "$command $begin $EXTRA $flags --seed $seed" || true
-                dirs=(runs/"$name"__*)
-                [[ ! -e ${dirs[0]} || $(head -n 1 "logs/$name.log") == "${words[*]}" ]] ||
+                [[ ! -e $(folder "logs/$name.log") || $(head -n 1 "logs/$name.log") == "${words[*]}" ]] ||
                     die "$OUT/logs/$name.log has other flags: set another OUT, or another label in VARIANTS."
                 runs+=("logs/$name.log ${words[*]}")
             done
@@ -103,11 +106,12 @@ run() { # "LOG SCRIPT FLAG...": begins a run, or goes on with it, on the GPU of 
     log=$1 name=$(basename "$1" .log) gpus=($GPUS) && shift
     export CUDA_VISIBLE_DEVICES=${gpus:+${gpus[SLOT % ${#gpus[@]}]}}
     exec 9>> "$log" # the run inherits it, with the lock
-    flock -n 9 || { echo "FAILED $name: it is being run already" && return 1; }
+    flock -n 9 || { (($? > 1)) && echo "$name is not locked, $OUT has no locks: do not start this twice at a time"; } ||
+        { echo "FAILED $name: it is being run already" && return 1; }
     [[ $(tail -n 1 "$log") != "finished: $LENGTH" ]] || { echo "$name was finished before" && return; }
-    dirs=(runs/"$name"__*)
-    [[ -e ${dirs[0]} ]] || echo "$*" > "$log" # nothing was trained: its flags may be corrected
-    [[ ! -f ${dirs[-1]}/checkpoint.pt ]] || set -- "$1" --resume "${dirs[-1]}"
+    dir=$(folder "$log")
+    [[ -e $dir ]] || echo "$*" > "$log" # nothing was trained: its flags may be corrected
+    [[ ! -f $dir/checkpoint.pt ]] || set -- "$1" --resume "$dir"
     "$PYTHON" -u "$@" $LENGTH >&9 2>&1 || { echo "$(date +%T) FAILED $name" && return 1; }
     echo "finished: $LENGTH" >&9 && echo "$(date +%T) finished $name"
 }
@@ -115,20 +119,21 @@ run() { # "LOG SCRIPT FLAG...": begins a run, or goes on with it, on the GPU of 
 if [[ $ENGINE == slurm && -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
     runs=("${runs[@]:SLURM_ARRAY_TASK_ID * WORKERS_PER_GPU:WORKERS_PER_GPU}")
 else
-    group "$PYTHON" -c 'import runpy, sys; script = runpy.run_path(sys.argv[1]) # once, before runs that start together
+    group "$PYTHON" -c 'import runpy, sys; script, lost = runpy.run_path(sys.argv[1]), [] # once, before all runs
 for pair in sys.argv[2:]:
     try: script["load_dataset"](*pair.split())
-    except SystemExit as error: print(error)' "$script" "${sets[@]}"
+    except SystemExit as error: lost += [f"\n{pair}: {error}"]
+lost and sys.exit("No run is begun, for datasets that cannot be had:" + "".join(lost))' "$script" "${sets[@]}"
     [[ $ENGINE == local ]] ||
         exec sbatch --job-name=iql --output="$OUT/logs/%A_%a.out" --array="0-$(((${#runs[@]} - 1) / WORKERS_PER_GPU))" \
-            $SBATCH_FLAGS --wrap="exec bash $(printf %q "$here/benchmark.sh")"
+            $SBATCH_FLAGS --export=ALL --wrap="exec bash $(printf %q "$here/benchmark.sh")"
 fi
 cores=${SLURM_CPUS_PER_TASK:-$(env -u OMP_NUM_THREADS nproc)} # nproc would believe OMP_NUM_THREADS
 devices=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null || true)}
 mapfile -t gpus < <(tr ', ' '\n' <<< "$devices" | grep -xE '[0-9]+|(GPU|MIG)-.+') # not -1 or an error message
 slots=$((${#gpus[@]} ? ${#gpus[@]} * WORKERS_PER_GPU : ${WORKERS:-cores}))
 ((slots > 0)) || die "WORKERS=$WORKERS and WORKERS_PER_GPU=$WORKERS_PER_GPU must be at least 1."
-export -f run && export GPUS=${gpus[*]} OMP_NUM_THREADS=$((cores > slots ? cores / slots : 1))
+export -f run folder && export GPUS=${gpus[*]} OMP_NUM_THREADS=1 # more would give other bits on other machines
 echo "${#runs[@]} runs into $OUT, $slots at a time on ${#gpus[@]} GPUs and $cores cores"
 group xargs -a <(printf '%s\n' "${runs[@]}") -d '\n' -n 1 -P "$slots" --process-slot-var=SLOT \
     bash -c "run \"\$1\"" run || [[ $ENGINE == local ]]

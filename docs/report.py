@@ -13,105 +13,120 @@ from matplotlib.ticker import EngFormatter
 # arguments that do not tell apart what is learned, or are told otherwise
 SAME = """seed exp_name torch_deterministic cuda cudagraphs track wandb_project_name wandb_entity capture_video resume
 checkpoint env_id dataset_id max_episodes total_updates offline_updates online_steps eval_envs""".split()
-IDENTITY = ("environment", "data", "variant", "seed", "updates")
 NUMBERS = ("final", "best", "success_rate", "wall_seconds", "random_score", "dataset_score")
-COLUMNS = (*IDENTITY, "unit", *NUMBERS, "dataset_episodes")
+COLUMNS = ("environment", "data", "variant", "seed", "updates", "unit", *NUMBERS, "dataset_episodes")
+SET = ("environment", "data", "dataset_episodes", "dataset_score", "unit")  # an id alone may name unlike data
+IDENTITY = (*SET, "variant", "updates", "seed")
 EVALUATED = "only evaluated"  # the data of a run that trained nothing
-HEAD = ("environment", "data (mean score)", "variant", "updates", "runs", "final", "IQM of final", "best", "success")
+HEAD = "environment|data (episodes, score)|variant|updates|runs|final|IQM of final|best|success".split("|")
 NOTES = """
 Scores are normalized as in D4RL: 0 is its random policy, 100 its expert. Environments without such a reference have
 plain returns, and say so. Final is the last evaluation, best the best of a run, ± the standard deviation over seeds
 (divisor n). IQM is the mean of the middle half of the runs, with the 95% interval of 10,000 stratified bootstrap
 samples (Agarwal et al. 2021). a+b updates are a offline and those of b online steps; a->b were a at first and then
-lengthened to b, where the learning rate's cosine began anew. data[:n] are the first n episodes. Single runs, minutes
-and random policies are in results.csv; published scores are in docs/results.md.
+lengthened to b, whose cosine the learning rate followed from there on. data[:n] are the first n episodes. A checkpoint
+is evaluated once, whatever the seed. Single runs, minutes and random policies are in results.csv; published scores are
+in docs/results.md.
 """
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's, for all eyes
+
+
+def key(item, names):
+    """Its values of `names` as text, without the digits in which machines differ."""
+    return tuple(f"{item[name]:.6g}" if isinstance(item[name], float) else str(item[name]) for name in names)
 
 
 def group(items, *names):
     """The items in lists, by their values of `names`."""
     groups = {}
     for item in items:
-        groups.setdefault(tuple(str(item[name]) for name in names), []).append(item)
+        groups.setdefault(key(item, names), []).append(item)
     return groups
 
 
-def read_folder(folder):
-    """A result for each phase of the runs in a folder, the oldest first. What is not finished has no scores."""
-    results, paths = [], [*folder.glob("*/args.json"), *folder.glob("runs/*/args.json")]
-    for path in sorted(paths, key=lambda path: path.parent.name.split("__")[-1]):
-        run, table = json.loads(path.read_text()), path.with_name("evaluations.csv")
-        rows = list(csv.DictReader(table.read_text().splitlines() if table.exists() else []))
-        rows = [row for row in rows if row["wall_seconds"]]  # not one that was cut
-        args, data = run["args"], run["args"]["dataset_id"] if "dataset" in run else EVALUATED
-        label = args["exp_name"].removesuffix("." + data.replace("/", "."))
-        data += f"[:{args['max_episodes']}]" if args["max_episodes"] else ""
-        common = {"environment": args["env_id"], "data": data, "seed": str(args["seed"]), "run": path.parent.name}
-        common |= {"checkpoint": args["checkpoint"]}
-        common["args"] = {name: value for name, value in args.items() if name not in SAME}
-        offline = args.get("offline_updates", 0)
-        total = offline + args.get("online_steps", args.get("total_updates"))
-        # fine-tuning has its cosine online; a row tells what length it was asked for
-        later = [row for row in rows if row.get("online_steps") != "0"]
-        lengths = [int(row.get("total_steps") or row.get("total_updates") or total) - offline for row in later]
-        begin = "checkpoint" if args["checkpoint"] else str(offline)
-        updates = f"{begin}+{'->'.join(map(str, dict.fromkeys([*lengths, total - offline])))}"
-        phases = [("", updates.removeprefix("0+"), rows)]
-        if "online_steps" in args:
-            phases = [(" offline", begin, [row for row in rows if row not in later]), (" online", updates, later)]
-        last = rows[-1] if rows else {}
-        done = last.get("global_step") == str(total)
-        unit = "normalized" if last.get("normalized_score") else "return"
-        score = "normalized_score" if unit == "normalized" else "episodic_return"
-        for phase, updates, rows in phases:
-            result = common | {"variant": label, "phase": phase, "updates": updates, "unit": unit}
-            if done and rows:
-                scores = [float(row[score]) for row in rows]
-                result |= {"step": int(rows[-1]["global_step"]), "final": scores[-1], "best": max(scores)}
-                same_starts = [row for row in rows[:-1] if row["episodes"] == str(args["eval_episodes"])]
-                result["curve"] = [[float(row[name]) for row in same_starts] for name in ("global_step", score)]
-                result |= {name: float(rows[-1].get(name) or "nan") for name in ("success_rate", "wall_seconds")}
-                result |= {f"{name}_score": run.get(name, {}).get(score, np.nan) for name in ("random", "dataset")}
-                result["dataset_episodes"] = str(run.get("dataset", {}).get("episodes", ""))
-            if rows if done else phase != " offline":
-                results.append(result)
-    return results
+def read_run(path):
+    """A result for each phase of the run that args.json at `path` is of. What is not finished has no scores."""
+    run, table = json.loads(path.read_text(encoding="utf-8")), path.with_name("evaluations.csv")
+    rows = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines() if table.exists() else []))
+    rows = [row for row in rows if row["wall_seconds"]]  # not one that was cut
+    args, data = run["args"], run["args"]["dataset_id"] if "dataset" in run else EVALUATED
+    label = args["exp_name"].removesuffix("." + data.replace("/", "."))
+    data += f"[:{args['max_episodes']}]" if args["max_episodes"] else ""
+    common = {"environment": args["env_id"], "data": data, "seed": str(args["seed"]), "run": path.parent.name}
+    common |= {"checkpoint": "/".join(Path(args["checkpoint"] or "").parts[-2:])}
+    common["args"] = {name: value for name, value in args.items() if name not in SAME}
+    offline = args.get("offline_updates", 0)
+    total = offline + args.get("online_steps", args.get("total_updates"))
+    # fine-tuning has its cosine online; a row tells what length it was asked for
+    later = [row for row in rows if row.get("online_steps") != "0"]
+    lengths = [int(row.get("total_steps") or row.get("total_updates") or total) - offline for row in later]
+    begin = "checkpoint" if args["checkpoint"] else str(offline)
+    updates = f"{begin}+{'->'.join(map(str, dict.fromkeys([*lengths, total - offline])))}"
+    phases = [("", updates.removeprefix("0+"), rows)]
+    if "online_steps" in args:
+        phases = [(" offline", begin, [row for row in rows if row not in later]), (" online", updates, later)]
+    last = rows[-1] if rows else {}
+    done = last.get("global_step") == str(total)
+    unit = "normalized" if last.get("normalized_score") else "return"
+    score, dataset = "normalized_score" if unit == "normalized" else "episodic_return", run.get("dataset", {})
+    common |= {f"{name}_score": float(run.get(name, {}).get(score, "nan")) for name in ("random", "dataset")}
+    common |= {"unit": unit, "dataset_episodes": str(dataset.get("episodes", ""))}
+    common["author"] = ", ".join(np.atleast_1d(dataset.get("author") or []))
+    for phase, updates, rows in phases:
+        result = common | {"variant": label, "phase": phase, "updates": updates}
+        if done and rows:
+            scores = [float(row[score]) for row in rows]
+            result |= {"step": int(rows[-1]["global_step"]), "final": scores[-1], "best": max(scores)}
+            same_starts = [row for row in rows[:-1] if row["episodes"] == str(args["eval_episodes"])]
+            result["curve"] = [[float(row[name]) for row in same_starts] for name in ("global_step", score)]
+            result |= {name: float(rows[-1].get(name) or "nan") for name in ("success_rate", "wall_seconds")}
+        if rows if done else phase != " offline":
+            yield result
 
 
 def name_variants(results):
     """What tells runs of one name apart becomes a part of it: arguments, and checkpoints unless each has its seed."""
-    for same in group(results, "environment", "data", "variant", "phase", "updates").values():
+    for same in group(results, *SET, "variant", "phase", "updates").values():
         names = dict.fromkeys(name for row in same for name in row["args"])
         names = [name for name in names if len({str(row["args"].get(name)) for row in same}) > 1]
         for row in same:
             row["variant"] = " ".join([row["variant"], *(f"{name}={row['args'].get(name)}" for name in names)])
-    for same in group(results, "environment", "data", "variant", "phase", "updates").values():
+    for same in group(results, *SET, "variant", "phase", "updates").values():
         shared = len(group(same, "seed", "checkpoint")) > len(group(same, "seed"))
         for row in same:
-            row["variant"] += f" checkpoint={'/'.join(Path(row['checkpoint']).parts[-2:])}" if shared else ""
-            row["variant"] += row["phase"]
+            row["variant"] += (f" checkpoint={row['checkpoint']}" if shared else "") + row["phase"]
+            if row["updates"] in ("checkpoint", "checkpoint+0"):  # the seed of an evaluation changes nothing
+                row["seed"] = row["checkpoint"]
     return results
 
 
 def collect(folder, earlier):
     """The newest result of each identity in order, and a text on the other runs."""
-    found, results, replaced, text = name_variants(read_folder(folder)), {}, {}, ""
-    lines = earlier.read_text().splitlines() if earlier else []
-    merged = [row | {name: float(row[name]) for name in NUMBERS} for row in csv.DictReader(lines)]
-    merged = [row | {"run": earlier.name, "args": {}} for row in merged]
-    for row in merged + [row for row in found if "final" in row]:
-        key = tuple(row[name] for name in IDENTITY)
-        old = results.get(key)
-        if old and ("curve" in old or any(str(old[name]) != str(row[name]) for name in COLUMNS)):
+    found, merged, results, replaced, unfinished = [], [], {}, {}, []
+    paths = [*folder.glob("*/args.json"), *folder.glob("runs/*/args.json")]
+    for path in sorted(paths, key=lambda path: path.parent.name.split("__")[-1]):
+        try:
+            found += list(read_run(path))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:  # not the scripts'
+            unfinished.append(f"{path.parent.name} (damaged: {type(error).__name__}: {error})")
+    if earlier:
+        try:
+            for row in csv.DictReader(earlier.read_text(encoding="utf-8").splitlines()):
+                row = {name: row[name] for name in COLUMNS} | {name: float(row[name]) for name in NUMBERS}
+                merged.append(row | {"run": earlier.name, "args": None})
+        except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
+            sys.exit(f"{earlier} is no results.csv of this report ({type(error).__name__}: {error}).")
+    for row in merged + [row for row in name_variants(found) if "final" in row]:
+        old = results.get(key(row, IDENTITY), row)
+        if any(str(old[name]) != str(row[name]) for name in COLUMNS if name != "wall_seconds"):
             replaced[f"{old['run']} by {row['run']}"] = True
-        results[key] = row
-    if replaced:
-        text += f"\nReplaced by another run of the same name, arguments and seed: {', '.join(replaced)}.\n"
-    if unfinished := [row["run"] for row in found if "final" not in row]:
-        text += f"\nNot finished: {', '.join(unfinished)}.\n"
-    order = sorted(results, key=lambda key: (*key[:2], key[2][:3] != "iql", key[2], key[4], int(key[3])))
-    return [results[key] for key in order], text
+        results[key(row, IDENTITY)] = row
+    unfinished += [row["run"] for row in found if "final" not in row]
+    others = {"Replaced by another run of the same name, arguments and seed": replaced, "Not finished": unfinished}
+    text = "".join(f"\n{head}: {', '.join(names)}.\n" for head, names in others.items() if names)
+    text += f"\n{earlier.name} has no arguments: its variants are told apart by their names.\n" if merged else ""
+    order = sorted(results, key=lambda k: (k[: len(SET)], k[-3][:3] != "iql", k[-3:-1], k[-1].zfill(9)))
+    return [results[identity] for identity in order], text
 
 
 def iqm(strata):
@@ -121,28 +136,26 @@ def iqm(strata):
     for scores in (np.concatenate(strata), np.concatenate(drawn, 1)):
         cut = scores.shape[-1] // 4
         means.append(np.sort(scores)[..., cut : scores.shape[-1] - cut].mean(-1))
-    return "{:.1f} [{:.1f}, {:.1f}]".format(means[0], *np.percentile(means[1], (2.5, 97.5)))
+    return "{:z.1f} [{:z.1f}, {:z.1f}]".format(means[0], *np.percentile(means[1], (2.5, 97.5)))
 
 
 def make_table(results):
     """The table in Markdown, without columns that would be empty."""
     entries, lines, columns = [], [HEAD], []
-    for (environment, data, unit, *_), rows in group(
-        results, "environment", "data", "unit", "variant", "updates"
-    ).items():
-        found = f"{data} ({rows[0]['dataset_score']:.1f})".replace(" (nan)", "")
+    for (environment, data, episodes, _, unit, *_), rows in group(results, *SET, "variant", "updates").items():
+        found = f"{data} ({episodes}, {rows[0]['dataset_score']:z.1f})".replace(" (, nan)", "")
         entries.append((environment + (" (returns)" if unit == "return" else ""), found, [rows]))
-    comparable = [row for row in results if row["unit"] == "normalized" and row["data"] != EVALUATED]
+    comparable = [row for row in results if row["unit"] == "normalized" and row["data"] != EVALUATED and row["args"]]
     for rows in group(comparable, "variant", "updates", "args").values():
-        strata = list(group(rows, "environment", "data").values())
+        strata = list(group(rows, *SET).values())
         entries += [("all", f"{len(strata)} sets", strata)] if len(strata) > 1 else []
     for environment, data, strata in entries:
         rows = [row for stratum in strata for row in stratum]
         finals = [np.array([row["final"] for row in stratum]) for stratum in strata]
         final, best, success = (np.mean([row[name] for row in rows]) for name in ("final", "best", "success_rate"))
         spread = f" ± {finals[0].std():.1f}" if len(rows) > len(strata) == 1 else ""
-        cells = [environment, data, rows[0]["variant"], rows[0]["updates"], str(len(rows)), f"{final:.1f}{spread}"]
-        cells += [iqm(finals) if len(rows) > len(strata) else "", f"{best:.1f}", f"{success:.2f}".replace("nan", "")]
+        cells = [environment, data, rows[0]["variant"], rows[0]["updates"], str(len(rows)), f"{final:z.1f}{spread}"]
+        cells += [iqm(finals) if len(rows) > len(strata) else "", f"{best:z.1f}", f"{success:.2f}".replace("nan", "")]
         lines.append(cells)
     for head, *cells in zip(*lines, strict=True):
         if any(cells):
@@ -154,12 +167,12 @@ def make_table(results):
 def draw(results, path):
     """Learning curves, if there are any: a panel for each environment and dataset."""
     results = [row for row in results if "curve" in row and row["data"] != EVALUATED]
-    panels, legend, colors = group(results, "environment", "data"), {}, {}
+    panels, legend, colors = group(results, *SET), {}, {}
     if not panels:
         return
     columns, lines = min(3, len(panels)), -(-len(panels) // 3)
     figure = Figure(figsize=(max(6, 1 + 3.5 * columns), 1 + 2.7 * lines), layout="constrained", dpi=150)
-    for i, ((environment, data), panel) in enumerate(panels.items()):
+    for i, ((environment, data, episodes, _, unit), panel) in enumerate(panels.items()):
         ax = figure.add_subplot(lines, columns, i + 1)
         for (variant, updates), rows in group(panel, "variant", "updates").items():
             name = f"{variant}, {updates} updates"
@@ -174,10 +187,12 @@ def draw(results, path):
             legend.setdefault(name, *mark)
         legend["mean of the dataset"] = ax.axhline(panel[0]["dataset_score"], color="black", linestyle="--")
         legend["random policy"] = ax.axhline(panel[0]["random_score"], color="gray", linestyle=":")
-        ax.set(title=f"{environment}\n{data}", xlabel="updates", ylabel=f"score ({panel[0]['unit']})")
+        author = panel[0]["author"] and f"\nauthor: {panel[0]['author']}"  # tells data recorded anew under a known id
+        ax.set_title(f"{environment}\n{data}, {episodes} episodes{author}", fontsize="medium")
+        ax.set(xlabel="updates", ylabel=f"score ({unit})")
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.grid(alpha=0.3)
-    (legend["last evaluation, from other start states"],) = ax.plot([], [], "D", color="gray")
+    (legend["final evaluation, over more start states"],) = ax.plot([], [], "D", color="gray")
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path)
 

@@ -1,4 +1,4 @@
-"""benchmark.sh on the real script with the bundled data once, else on a stand-in for it that learns nothing."""
+"""benchmark.sh on the real script once, else on a stand-in for it that learns nothing."""
 
 import csv
 import json
@@ -12,11 +12,12 @@ import time
 import uuid
 from pathlib import Path
 
+import processes
 import pytest
 
-ROOT = Path(__file__).parent.parent
-# It says how it was started, has a child as the scripts have for evaluation, and stops as they do. Seed 13 fails;
-# "--slow" takes forever until it is resumed, "--deaf" does not listen to SIGTERM either.
+ROOT, BASH = Path(__file__).parent.parent, shutil.which("bash")
+# It says how it was started, has a child as the scripts have for evaluation, and stops as they do. It names its folder
+# in its own way. Seed 13 fails; "--slow" takes forever until it is resumed, "--deaf" does not hear SIGTERM either.
 STAND_IN = """
 import argparse, json, os, signal, subprocess, sys, time
 from pathlib import Path
@@ -49,8 +50,9 @@ if __name__ == "__main__":
         sys.exit("There is no luck in 13.")
     child = subprocess.Popen(["sleep", "600"])
     signal.signal(signal.SIGTERM, signal.SIG_IGN if args.deaf else stop)
-    run_dir = Path(args.resume or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}")
+    run_dir = Path(args.resume or f"runs/{args.exp_name}-of-the-script__{args.seed}__{time.time_ns()}")
     run_dir.mkdir(parents=True, exist_ok=True)
+    print(f"{run_dir}: {args.env_id} with {args.dataset_id}")
     done, total = run_dir / "checkpoint.pt", args.total_updates or args.offline_updates + args.online_steps
     if args.resume and total < int(done.read_text()):
         child.kill()
@@ -62,10 +64,8 @@ if __name__ == "__main__":
     print("final: version 1")
 """
 REPORT = "import sys, pathlib; print(len(list(pathlib.Path(sys.argv[1]).glob('runs/*'))), 'runs in', sys.argv[1])"
-VARIABLES = (
-    "TASKS DATASETS VARIANTS SEEDS UPDATES FINETUNE ONLINE_STEPS SCRIPT EXTRA OUT PYTHON WORKERS_PER_GPU WORKERS "
-)
-VARIABLES += "ENGINE SBATCH_FLAGS"
+VARIABLES = "TASKS DATASETS VARIANTS SEEDS UPDATES FINETUNE ONLINE_STEPS SCRIPT EXTRA OUT PYTHON WORKERS_PER_GPU ENGINE"
+VARIABLES = [*VARIABLES.split(), "WORKERS", "SBATCH_FLAGS"]
 
 
 class Benchmark:
@@ -79,7 +79,7 @@ class Benchmark:
         for name in ("iql_continuous.py", "iql_finetune.py"):
             (folder / name).write_text(STAND_IN)
         (folder / "docs" / "report.py").write_text(REPORT)
-        self.env = {name: value for name, value in os.environ.items() if name not in VARIABLES.split()}
+        self.env = {name: value for name, value in os.environ.items() if name not in VARIABLES}
         self.env |= {"PYTHON": sys.executable, "HOME": str(folder), self.mark: "1", "CUDA_VISIBLE_DEVICES": ""}
         self.env |= {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "WORKERS": "2", "UPDATES": "1000"}
         self.env |= {"TASKS": "AdroitHandPen-v1", "DATASETS": "human", "SEEDS": "1 2"}
@@ -92,7 +92,7 @@ class Benchmark:
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
         # what started the tests may ignore SIGINT, as shells do in the background, and bash cannot undo that
         streams["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-        return subprocess.Popen(["bash", script, *args], cwd=self.folder, env={**self.env, **env}, **streams)
+        return subprocess.Popen([BASH, script, *args], cwd=self.folder, env={**self.env, **env}, **streams)
 
     def __call__(self, *args, status=0, **env):
         process = self.start(*args, **env)
@@ -107,11 +107,14 @@ class Benchmark:
         """How each run was started the last time."""
         return {name: json.loads(re.findall("^started: (.*)$", log, re.M)[-1]) for name, log in self.logs().items()}
 
-    def wait_for(self, pattern, count=1):
+    def wait_for(self, condition):
         deadline = time.time() + 120
-        while len(found := list(self.folder.glob(pattern))) < count:
-            assert time.time() < deadline, f"{len(found)} {pattern}"
+        while not condition():
+            assert time.time() < deadline, (self.processes(), self.logs())
             time.sleep(0.05)
+
+    def wait_for_checkpoints(self, count):
+        self.wait_for(lambda: len(list(self.out.glob("runs/*/checkpoint.pt"))) >= count)
 
     def processes(self):
         """What still runs of everything that was started here, by number; a zombie has no environment."""
@@ -123,13 +126,6 @@ class Benchmark:
             except OSError:
                 pass
         return found
-
-    def wait_until_gone(self):
-        """A process that was killed may take a moment to end."""
-        deadline = time.time() + 60
-        while left := self.processes():
-            assert time.time() < deadline, left
-            time.sleep(0.05)
 
 
 @pytest.fixture
@@ -148,24 +144,23 @@ def test_shellcheck():
     subprocess.run(["shellcheck", ROOT / "benchmark.sh"], check=True)
 
 
-def test_a_real_run_with_its_report(tmp_path):
-    """A copy under its own name, on bundled data; with more updates the same run goes on, and is marked."""
-    shutil.copy(ROOT / "iql_continuous.py", tmp_path / "my_variant.py")
-    env = {name: value for name, value in os.environ.items() if name not in VARIABLES.split()}
-    env |= {"PYTHON": sys.executable, "SCRIPT": "my_variant.py", "OUT": "out", "DATASETS": "bundled/{task}/demos-v0"}
-    env |= {"TASKS": "AdroitHandPen-v1", "SEEDS": "3", "CUDA_VISIBLE_DEVICES": "", "WORKERS": "1"}
-    env["EXTRA"] = "--eval-frequency 2 --eval-episodes 1 --final-episodes 2 --max-episodes 5 --eval-envs 1"
-    for updates in ("2", "4"):
-        command = ["bash", ROOT / "benchmark.sh"]
-        done = subprocess.run(command, env=env | {"UPDATES": updates}, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert (tmp_path / "out" / "report.md").read_text() in done.stdout
-    (run,) = csv.DictReader((tmp_path / "out" / "results.csv").open())
+def test_a_real_run_with_its_report(benchmark):
+    """A copy under its own name goes on with a run that was begun by the benchmark's command; the report marks it."""
+    shutil.copytree(ROOT / "docs", benchmark.folder / "docs", dirs_exist_ok=True)
+    (benchmark.out / "logs").mkdir(parents=True)
+    script = Path(shutil.copy(ROOT / "iql_continuous.py", benchmark.out / "mine.py"))
+    flags = "--eval-frequency 2 --eval-episodes 1 --final-episodes 2 --eval-envs 1 --max-episodes 3"
+    command = f"--env-id tiny_env:Tiny-v0 --dataset-id tiny/good-v0 --exp-name mine.tiny.good-v0 {flags} --seed 3"
+    printed = processes.run(script, benchmark.out, f"{command} --total-updates 2", tiny=False)
+    (benchmark.out / "logs" / "tiny_env_Tiny-v0__mine.tiny.good-v0__3.log").write_text(f"mine.py {command}\n{printed}")
+    env = {"SCRIPT": str(script), "TASKS": "tiny_env:Tiny-v0", "DATASETS": "tiny/good-v0", "SEEDS": "3", "EXTRA": flags}
+    output = benchmark(UPDATES="4", PYTHONPATH=str(ROOT / "tests"), **env)
+    assert (benchmark.out / "report.md").read_text() in output
+    (run,) = csv.DictReader((benchmark.out / "results.csv").open())
     identity = tuple(run[name] for name in ("data", "variant", "seed", "updates"))
-    assert identity == ("bundled/pen/demos-v0[:5]", "my_variant", "3", "2->4")
-    (path,) = (tmp_path / "out" / "runs").iterdir()
-    *_, last = csv.DictReader((path / "evaluations.csv").open())
-    assert (last["global_step"], float(last["normalized_score"])) == ("4", float(run["final"]))
+    assert identity == ("tiny/good-v0[:3]", "mine", "3", "2->4")
+    *_, last = csv.DictReader((processes.run_dir(benchmark.out) / "evaluations.csv").open())
+    assert (last["global_step"], float(last["episodic_return"])) == ("4", float(run["final"]))
 
 
 def test_commands(benchmark):
@@ -174,7 +169,7 @@ def test_commands(benchmark):
     (benchmark.folder / "link" / "it.sh").symlink_to("../benchmark.sh")
     tasks = {"pen": "AdroitHandPen-v1", "hammer": "AdroitHandHammer-v1"}
     env = {"DATASETS": "human own/{task}-v0", "VARIANTS": "iql;\n bc\n --beta 0", "OUT": "my [1] out"}
-    env |= {"TASKS": " ".join(tasks.values()), "MINARI_DATASETS_PATH": "sets", "EXTRA": "--exp-name no\n--env-id no"}
+    env |= {"TASKS": " ".join(tasks.values()), "MINARI_DATASETS_PATH": "sets", "EXTRA": "--beta 2\n--beta 3"}
     benchmark.out = benchmark.folder / "my [1] out"
     output = benchmark(script="link/it.sh", **env)
     assert f"16 runs in {benchmark.out}" in output
@@ -183,12 +178,12 @@ def test_commands(benchmark):
         for data in (f"D4RL/{task}/human-v2", f"own/{task}-v0"):
             for label, flags in (("iql", ""), ("bc", "--beta 0")):
                 for seed in "12":
-                    name = f"{label}.{data.replace('/', '.')}"
-                    command = f"--env-id {env_id} --dataset-id {data} --exp-name {name} --exp-name no --env-id no"
-                    command += f" {flags} --seed {seed} --total-updates 1000"
+                    name, more = f"{label}.{data.replace('/', '.')}", f"{flags} --seed {seed} --total-updates 1000"
+                    command = f"--env-id {env_id} --dataset-id {data} --exp-name {name} --beta 2 --beta 3 {more}"
                     wanted[f"{env_id}__{name}__{seed}"] = command.split()
     assert {name: start["argv"] for name, start in benchmark.starts().items()} == wanted
     assert {start["MINARI_DATASETS_PATH"] for start in benchmark.starts().values()} == {str(benchmark.folder / "sets")}
+    assert (benchmark.out / "tests").readlink() == benchmark.folder / "tests"  # where the bundled sets are
 
 
 def test_finetune(benchmark):
@@ -246,19 +241,20 @@ def test_other_flags_need_another_folder(benchmark):
 
 
 @pytest.mark.parametrize(
-    ("to_group", "flags"), [(True, "--slow"), (False, "--slow --deaf")], ids=["SIGINT to all", "SIGTERM to the script"]
+    ("number", "to_group", "flags"),
+    [(signal.SIGINT, True, "--slow"), (signal.SIGTERM, False, "--slow --deaf"), (signal.SIGHUP, False, "--slow")],
 )
-def test_stop(benchmark, to_group, flags):
+def test_stop(benchmark, number, to_group, flags):
     """Meanwhile no other call starts the same runs; afterwards nothing runs, not even what does not listen."""
     process = benchmark.start(EXTRA=flags, SEEDS="1 2 3")
-    benchmark.wait_for("runs/*/runs/*/checkpoint.pt", 2)
+    benchmark.wait_for_checkpoints(2)
     assert benchmark(EXTRA=flags, status=1).count("it is being run already") == 2
     assert len(benchmark.processes()) >= 7  # itself, xargs, its shells, two runs and their children
-    os.killpg(process.pid, signal.SIGINT) if to_group else process.terminate()
+    os.killpg(process.pid, number) if to_group else process.send_signal(number)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == (130 if to_group else 143), output
+    assert process.returncode == 128 + number, output
     assert "stopping; the same command goes on" in output
-    benchmark.wait_until_gone()
+    benchmark.wait_for(lambda: not benchmark.processes())
     assert len(list(benchmark.out.glob("runs/*"))) == 2
     assert [log.count("Stopped") for log in benchmark.logs().values()] == [0 if "--deaf" in flags else 1] * 2
 
@@ -267,15 +263,15 @@ def test_runs_that_were_killed_go_on(benchmark):
     """From their checkpoint, or afresh if they have none yet."""
     env = {"EXTRA": "--slow", "SEEDS": "1 2 3"}
     process = benchmark.start(**env)
-    benchmark.wait_for("runs/*/runs/*/checkpoint.pt", 2)
+    benchmark.wait_for_checkpoints(2)
     for pid in benchmark.processes():
         os.kill(pid, signal.SIGKILL)
     process.communicate(timeout=120)
-    benchmark.wait_until_gone()
+    benchmark.wait_for(lambda: not benchmark.processes())
     (first,), (second,) = (list(benchmark.out.glob(f"runs/*__{seed}__*")) for seed in (1, 2))
     (second / "checkpoint.pt").unlink()
     process = benchmark.start(**env)
-    benchmark.wait_for("runs/*/runs/*/checkpoint.pt", 3)
+    benchmark.wait_for_checkpoints(3)
     process.terminate()
     process.communicate(timeout=120)
     resumed, afresh, _ = benchmark.starts().values()
@@ -291,62 +287,79 @@ def test_stop_before_the_runs(benchmark, moment):
     if moment == "comparing":
         benchmark.add_tool("cmp", 'touch "$HOME/comparing" && sleep 1')
     process = benchmark.start(DATASETS="own/slow-v0")
-    benchmark.wait_for(moment)
+    benchmark.wait_for((benchmark.folder / moment).exists)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=120)
     assert process.returncode == 130
-    benchmark.wait_until_gone()
+    benchmark.wait_for(lambda: not benchmark.processes())
     assert not benchmark.logs()
 
 
 def test_failed_runs(benchmark):
-    """The others go on; datasets are asked for once, before the runs."""
-    output = benchmark(SEEDS="13 1 2", DATASETS="human own/lost-v0", status=1)
-    assert re.findall("getting (.*)\n(There is no such set.)?", output) == [
-        ("D4RL/pen/human-v2 for AdroitHandPen-v1", ""),
-        ("own/lost-v0 for AdroitHandPen-v1", "There is no such set."),
-    ]
-    assert output.count(" FAILED ") == 2 and output.count(" finished ") == 4
+    """The others go on. What the last call did not ask for does not count, but a report that fails does."""
+    output = benchmark(SEEDS="13 1 2", status=1)
+    assert output.count("getting D4RL/pen/human-v2 for AdroitHandPen-v1\n") == 1  # before runs that start together
+    assert output.count(" FAILED ") == 1 and output.count(" finished ") == 2
     failed = "logs/AdroitHandPen-v1__iql_continuous.D4RL.pen.human-v2__13.log <==\n"
     for text in (output, benchmark("--report", status=1)):
-        assert failed in text and "There is no luck in 13." in text and text.count("<==") == 2
-    assert "4 runs in" in output
-    benchmark(SEEDS="1")  # what this call did not ask for does not count
+        assert failed in text and "There is no luck in 13." in text and text.count("<==") == 1 and "2 runs in" in text
+    benchmark(SEEDS="1")
+    (benchmark.folder / "docs" / "report.py").write_text("raise SystemExit(3)")
+    benchmark(SEEDS="1", status=1)
+
+
+@pytest.mark.parametrize("engine", ["local", "slurm"])
+def test_no_run_is_begun_without_its_dataset(benchmark, engine):
+    benchmark.add_tool("sbatch", 'touch "$HOME/sbatch"')
+    output = benchmark(ENGINE=engine, DATASETS="own/lost-v0 human own/lost-v1", status=1)
+    lost = [f"AdroitHandPen-v1 own/lost-v{version}: There is no such set." for version in (0, 1)]
+    assert output.splitlines()[-3:] == ["No run is begun, for datasets that cannot be had:", *lost]
+    assert not benchmark.logs() and not (benchmark.folder / "sbatch").exists()
+
+
+def test_a_file_system_without_locks(benchmark):
+    benchmark.add_tool("flock", "exit 71")
+    assert benchmark().count("is not locked") == 2 and len(benchmark.starts()) == 2
 
 
 @pytest.mark.parametrize(
-    ("visible", "smi", "slots", "devices", "threads"),
+    ("visible", "smi", "slots", "devices"),
     [
-        (None, "printf '0\\n1\\n'", "4 at a time on 2 GPUs and 12 cores", ["0", "0", "1", "1"], "3"),
-        ("4, GPU-abc", "exit 1", "4 at a time on 2 GPUs and 12 cores", ["4", "4", "GPU-abc", "GPU-abc"], "3"),
-        (None, "echo NVIDIA-SMI has failed; exit 9", "12 at a time on 0 GPUs and 12 cores", [""] * 4, "1"),
+        (None, "printf '0\\n1\\n'", "4 at a time on 2 GPUs and 12 cores", ["0", "0", "1", "1"]),
+        ("4, GPU-a,MIG-b", "exit 1", "6 at a time on 3 GPUs and 12 cores", ["4", "4", "GPU-a", "GPU-a", "MIG-b"]),
+        (None, "echo NVIDIA-SMI has failed; exit 9", "12 at a time on 0 GPUs and 12 cores", [""] * 5),
     ],
 )
-def test_slots(benchmark, visible, smi, slots, devices, threads):
-    """All at once: a slot that is free again would be used twice."""
+def test_slots(benchmark, visible, smi, slots, devices):
+    """Five seeds, at once where they can: a slot that is free again would be used twice. A run has one thread."""
     benchmark.add_tool("nvidia-smi", smi)
     benchmark.add_tool("nproc", "echo ${OMP_NUM_THREADS:-12}")
-    del benchmark.env["CUDA_VISIBLE_DEVICES"], benchmark.env["WORKERS"]
+    for name in ("CUDA_VISIBLE_DEVICES", "WORKERS", "SEEDS"):
+        del benchmark.env[name]
     env = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
-    process = benchmark.start(WORKERS_PER_GPU="2", SEEDS="1 2 3 4", EXTRA="--slow", OMP_NUM_THREADS="1", **env)
-    benchmark.wait_for("runs/*/runs/*/checkpoint.pt", 4)
+    process = benchmark.start(WORKERS_PER_GPU="2", EXTRA="--slow", OMP_NUM_THREADS="5", **env)
+    benchmark.wait_for_checkpoints(len(devices))
     process.terminate()
-    assert slots in process.communicate(timeout=120)[0]
-    starts = benchmark.starts().values()
-    assert sorted(start["CUDA_VISIBLE_DEVICES"] for start in starts) == devices
-    assert {start["OMP_NUM_THREADS"] for start in starts} == {threads}
+    output, _ = process.communicate(timeout=120)
+    assert slots in output and "5 runs into" in output
+    starts = benchmark.starts()
+    assert sorted(start["CUDA_VISIBLE_DEVICES"] for start in starts.values()) == devices
+    assert {start["OMP_NUM_THREADS"] for start in starts.values()} == {"1"}
+    assert [name[-1] for name in starts] == ["1", "2", "3", "4", "5"][: len(devices)]
 
 
 def test_slurm(benchmark):
     """What sbatch is told; its jobs are then run here."""
     benchmark.add_tool("sbatch", 'printf "%s\\n" "$@" > "$HOME/sbatch"; env > "$HOME/sbatch_env"')
+    benchmark.add_tool("nproc", "echo 12")
     (benchmark.folder / "my.py").write_text(STAND_IN)
     benchmark.out = benchmark.folder / "my [1] out"
     env = {"OUT": "my [1] out", "SCRIPT": "my.py"}
     del benchmark.env["WORKERS"]
-    benchmark(ENGINE="slurm", SEEDS="1 2 13", WORKERS_PER_GPU="2", SBATCH_FLAGS="--account me --nice", **env)
+    benchmark(ENGINE="slurm", SEEDS="1 2 13 3", WORKERS_PER_GPU="2", SBATCH_FLAGS="--account me --nice", **env)
     told = (benchmark.folder / "sbatch").read_text().splitlines()
     assert {"--array=0-1", "--account", "me", "--nice", f"--output={benchmark.out}/logs/%A_%a.out"} <= set(told)
+    assert told.index("--export=ALL") > told.index("--nice")  # the last one counts
     (wrapped,) = (flag.removeprefix("--wrap=") for flag in told if flag.startswith("--wrap="))
     lines = (benchmark.folder / "sbatch_env").read_text().splitlines()
     job_env = dict(line.split("=", 1) for line in lines if "=" in line)
@@ -355,11 +368,11 @@ def test_slurm(benchmark):
         job_env |= {"SLURM_ARRAY_TASK_ID": task, "SLURM_CPUS_PER_TASK": "2"}
         job = subprocess.run(["sh", "-c", wrapped], env=job_env, cwd=benchmark.out, capture_output=True, text=True)
         assert job.returncode == status, job.stdout + job.stderr
-        assert f"{2 - status} runs into" in job.stdout and "2 at a time on 0 GPUs" in job.stdout
+        assert "2 runs into" in job.stdout and "2 at a time on 0 GPUs" in job.stdout
         assert "getting" not in job.stdout and "runs in /" not in job.stdout
-    assert list(benchmark.starts()) == [f"AdroitHandPen-v1__my.D4RL.pen.human-v2__{seed}" for seed in (1, 13, 2)]
+    assert list(benchmark.starts()) == [f"AdroitHandPen-v1__my.D4RL.pen.human-v2__{seed}" for seed in (1, 13, 2, 3)]
     output = benchmark("--report", status=1, OUT="my [1] out")
-    assert "There is no luck in 13." in output and "2 runs in" in output
+    assert "There is no luck in 13." in output and "3 runs in" in output
 
 
 @pytest.mark.parametrize(
@@ -372,6 +385,11 @@ def test_slurm(benchmark):
         ({"VARIANTS": "iql;"}, "VARIANTS are labels with flags, not ' '"),
         ({"PYTHON": "no_such_python"}, "'no_such_python' is not there"),
         ({"SCRIPT": "no_such.py"}, "no_such.py"),
+        ({"SCRIPT": "my variant.py"}, "'my variant.py' must be a name of"),
+        ({"EXTRA": "--exp_name=x"}, "EXTRA and VARIANTS cannot have --exp_name"),
+        ({"VARIANTS": "a --beta 0\n--total-updates 5; b"}, "EXTRA and VARIANTS cannot have --total-updates"),
+        ({"ENGINE": "slurm", "PATH": "no_tools"}, "ENGINE=slurm needs sbatch"),
+        ({"options": ["--report"]}, "nothing was run there yet"),
         ({"options": ["--reprot"]}, "'--reprot' is no option"),
         ({"options": ["SEEDS=1"]}, "'SEEDS=1' is no option, see --help. Variables stand before bash."),
     ],
@@ -386,4 +404,4 @@ def test_what_is_mistyped_is_named(benchmark, env, sentence):
 
 def test_help_lists_the_variables(benchmark):
     text = benchmark("--help")
-    assert [name for name in VARIABLES.split() if not re.search(rf"\b{name}\b", text)] == []
+    assert [name for name in VARIABLES if not re.search(rf"\b{name}\b", text)] == []
