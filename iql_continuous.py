@@ -13,13 +13,14 @@
 # ]
 # ///
 # Implicit Q-Learning (Kostrikov, Nair and Levine 2021, https://arxiv.org/abs/2110.06169), offline, in one file.
-# Every update is the official implementation's: https://github.com/ikostrikov/implicit_q_learning
+# The update rule is the official implementation's: https://github.com/ikostrikov/implicit_q_learning
 import copy
 import csv
 import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -53,8 +54,8 @@ class Args:
     """if toggled, only deterministic algorithms are used: the same seed gives the same bits on the same machine"""
     cuda: bool = True
     """if toggled, cuda will be used if there is a GPU"""
-    cudagraphs: bool = True
-    """if toggled, the update runs as one CUDA graph on a GPU; use --no-cudagraphs if it cannot be captured"""
+    cudagraphs: bool = False
+    """if toggled, the update is replayed as one CUDA graph on a GPU: what Python and the CPU choose in it is frozen"""
     track: bool = False
     """if toggled, this experiment will be tracked with Weights and Biases"""
     wandb_project_name: str = "iql"
@@ -66,7 +67,7 @@ class Args:
     checkpoint: str | None = None
     """a checkpoint.pt or best.pt to start from; --total-updates 0 only evaluates it and needs no dataset"""
     resume: str | None = None
-    """the directory of a run to continue; its own arguments hold unless given again"""
+    """the directory of a run to continue with its own arguments; its length can be raised"""
 
     # Algorithm specific arguments
     env_id: str = "AdroitHandHammer-v1"
@@ -74,7 +75,7 @@ class Args:
     dataset_id: str | None = None
     """the id of the Minari dataset (default: the checkpoint's, else the D4RL expert set of the Adroit task)"""
     max_episodes: int | None = None
-    """number of episodes to use, the dataset's first (default: all)"""
+    """number of episodes to use, the dataset's first (default: all, or a checkpoint's if its dataset is used)"""
     total_updates: int = 1_000_000
     """number of updates; can be raised on resume"""
     batch_size: int = 256
@@ -109,12 +110,146 @@ class Args:
     """number of parallel evaluation environments, each in its own process"""
 
     def __post_init__(self):
-        if min(self.batch_size, self.eval_frequency, self.eval_episodes, self.final_episodes, self.eval_envs) < 1:
+        counts = (self.batch_size, self.eval_frequency, self.eval_episodes, self.final_episodes, self.eval_envs)
+        if min(*counts, 1 if self.max_episodes is None else self.max_episodes) < 1:
             raise ValueError("batch size, evaluation frequency, episodes and environments must be at least 1")
         if not (0 < self.expectile < 1 and 0 <= self.gamma <= 1 and 0 <= self.tau <= 1 and 0 <= self.actor_dropout < 1):
             raise ValueError("--expectile, --gamma, --tau and --actor-dropout must lie between 0 and 1")
-        if min(self.total_updates, self.beta, self.max_weight, self.max_episodes or 0) < 0 or self.learning_rate <= 0:
+        if not (self.learning_rate > 0 and min(self.total_updates, self.beta, self.max_weight) >= 0):
             raise ValueError("--learning-rate must be above 0, --total-updates, --beta and --max-weight at least 0")
+
+
+# ALGO LOGIC: initialize agent here
+def layer_init(layer):
+    nn.init.orthogonal_(layer.weight, math.sqrt(2))
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Critic(nn.Module):
+    """Q(s, a) or V(s): one number (batch,) for the concatenation of its inputs, each (batch, ...)."""
+
+    def __init__(self, input_dim):
+        super().__init__()
+        self.fc1 = layer_init(nn.Linear(input_dim, 256))
+        self.fc2 = layer_init(nn.Linear(256, 256))
+        self.fc3 = layer_init(nn.Linear(256, 1))
+
+    def forward(self, *inputs):
+        x = F.relu(self.fc1(torch.cat(inputs, 1)))
+        x = F.relu(self.fc2(x))
+        return self.fc3(x).squeeze(1)
+
+
+class Actor(nn.Module):
+    """Gaussian policy over actions in [-1, 1]: a tanh mean, a state-independent standard deviation."""
+
+    def __init__(self, obs_dim, act_dim, dropout):
+        super().__init__()
+        self.fc1 = layer_init(nn.Linear(obs_dim, 256))
+        self.fc2 = layer_init(nn.Linear(256, 256))
+        self.fc_mean = layer_init(nn.Linear(256, act_dim))
+        self.log_std = nn.Parameter(torch.zeros(act_dim))
+        self.dropout = nn.Dropout(dropout)
+        self.register_buffer("obs_mean", torch.zeros(obs_dim, dtype=torch.float64))
+        self.register_buffer("obs_std", torch.ones(obs_dim, dtype=torch.float64))
+
+    def forward(self, x):
+        """Mean (batch, act_dim) and log standard deviation (act_dim,) at normalized observations (batch, obs_dim)."""
+        x = self.dropout(F.relu(self.fc1(x)))
+        x = self.dropout(F.relu(self.fc2(x)))
+        return torch.tanh(self.fc_mean(x)), self.log_std.clamp(-5.0, 2.0)
+
+    def log_prob(self, x, a):
+        """log pi(a|x), (batch,)."""
+        mean, log_std = self(x)
+        return (-0.5 * ((a - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)).sum(1)
+
+    def normalize(self, obs):
+        """The environment's observations (..., obs_dim), NumPy, as the networks take them: float32, standardized."""
+        x = torch.as_tensor(obs, device=self.obs_mean.device, dtype=torch.float64)
+        return (x - self.obs_mean).div_(self.obs_std).float()
+
+    @torch.no_grad()
+    def act(self, obs):
+        """The mean policy, from the environment's observations (batch, obs_dim) to actions (batch, act_dim), NumPy."""
+        self.eval()  # update() goes back to train()
+        return self(self.normalize(obs))[0].cpu().numpy()
+
+
+class Agent(nn.Module):
+    """All networks of IQL. The target critics start as copies of the critics."""
+
+    def __init__(self, obs_dim, act_dim, args):
+        super().__init__()
+        self.actor = Actor(obs_dim, act_dim, args.actor_dropout)
+        self.vf = Critic(obs_dim)
+        self.qf1 = Critic(obs_dim + act_dim)
+        self.qf2 = Critic(obs_dim + act_dim)
+        self.qf1_target = copy.deepcopy(self.qf1)
+        self.qf2_target = copy.deepcopy(self.qf2)
+
+
+def make_optimizers(agent, learning_rate):
+    """Adam for V, for the actor and for the two critics; the rates are tensors, which a CUDA graph reads anew."""
+    q_parameters = [*agent.qf1.parameters(), *agent.qf2.parameters()]
+    groups = (agent.vf.parameters(), agent.actor.parameters(), q_parameters)
+    rates = [torch.tensor(learning_rate, device=agent.actor.log_std.device) for _ in groups]
+    return [torch.optim.Adam(p, lr=lr, fused=True, capturable=lr.is_cuda) for p, lr in zip(groups, rates, strict=True)]
+
+
+def expectile_loss(u, expectile):
+    """Mean of |expectile - 1(u < 0)| u^2 (Section 4.1). With u = target - V, the best V is the targets' expectile."""
+    return (torch.abs(expectile - (u < 0).float()) * u**2).mean()
+
+
+def update(agent, optimizers, data, args):
+    """One IQL update on a batch: V, then with the new V actor and critics, then the targets.
+
+    `data`: columns by name, (batch, dim) or (batch,). Returns losses () and values (batch,), which stay on the device.
+    """
+    v_optimizer, actor_optimizer, q_optimizer = optimizers
+    agent.train()
+    obs, actions = data["observations"], data["actions"]
+
+    # V(s) regresses to an expectile of min target-Q(s, a) over the data's actions (Eq. 5)
+    with torch.no_grad():
+        min_qf_target = torch.min(agent.qf1_target(obs, actions), agent.qf2_target(obs, actions))
+    v_values = agent.vf(obs)
+    v_loss = expectile_loss(min_qf_target - v_values, args.expectile)
+    v_optimizer.zero_grad()
+    v_loss.backward()
+    v_optimizer.step()
+
+    # the actor regresses to the data's actions, weighted by exp(beta * advantage) (Eq. 7)
+    with torch.no_grad():
+        advantages = min_qf_target - agent.vf(obs)
+        weights = torch.exp(args.beta * advantages).clamp(max=args.max_weight)
+    actor_loss = -(weights * agent.actor.log_prob(obs, actions)).mean()
+    actor_optimizer.zero_grad()
+    actor_loss.backward()
+    actor_optimizer.step()
+
+    # Q(s, a) regresses to r + gamma V(s'): no action outside the data is ever evaluated (Eq. 6)
+    with torch.no_grad():
+        next_v_values = agent.vf(data["next_observations"])
+        next_q_value = data["rewards"] + args.gamma * (1 - data["terminations"]) * next_v_values
+    qf1_a_values = agent.qf1(obs, actions)
+    qf2_a_values = agent.qf2(obs, actions)
+    qf_loss = F.mse_loss(qf1_a_values, next_q_value) + F.mse_loss(qf2_a_values, next_q_value)
+    q_optimizer.zero_grad()
+    qf_loss.backward()
+    q_optimizer.step()
+
+    # the target critics follow the critics by Polyak averaging
+    with torch.no_grad():
+        for qf, qf_target in ((agent.qf1, agent.qf1_target), (agent.qf2, agent.qf2_target)):
+            for param, target_param in zip(qf.parameters(), qf_target.parameters(), strict=True):
+                target_param.lerp_(param, args.tau)
+
+    metrics = {"v_loss": v_loss, "actor_loss": actor_loss, "qf_loss": qf_loss, "qf_values": qf1_a_values}
+    metrics |= {"v_values": v_values, "advantages": advantages, "weights": weights}
+    return {name: tensor.detach() for name, tensor in metrics.items()}
 
 
 # D4RL's horizon and returns of a random policy and of the expert (d4rl/infos.py), by Adroit task
@@ -152,8 +287,11 @@ def make_env(env_id, **kwargs):
         if env.spec.id in TASKS:
             env = D4RLRules(gym.wrappers.TimeLimit(env, ADROIT[TASKS[env.spec.id]][0]))
         box = env.action_space
-        assert len(box.shape) == 1 and box.dtype.kind == "f" and (box.low < box.high).all(), f"unfit actions: {box}"
-        assert env.spec.max_episode_steps, f"{env_id} has no time limit: register it with max_episode_steps"
+        flat = isinstance(box, gym.spaces.Box) and len(box.shape) == 1 and box.dtype.kind == "f"
+        if not (flat and box.is_bounded() and (box.low < box.high).all()):
+            raise ValueError(f"{env_id} has actions in {box}: they need one dimension, floats and finite bounds")
+        if not env.spec.max_episode_steps:
+            raise ValueError(f"{env_id} has no time limit: register it with max_episode_steps")
         env = gym.wrappers.FlattenObservation(env)
         return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
@@ -204,7 +342,7 @@ def load_dataset(env_id, dataset_id=None):
     wanted, demos = dataset_id or f"D4RL/{task}/expert-v2", f"bundled/{task}/demos-v0"
     path = bundled / wanted if (bundled / wanted).exists() else minari.storage.get_dataset_path(wanted)
     if not path.exists():
-        print(f"Downloading {wanted} (takes half a minute to fail offline, --dataset-id avoids it)", flush=True)
+        print(f"Downloading {wanted} (without a network this takes half a minute to fail)", flush=True)
         try:
             minari.download_dataset(wanted)
         except Exception as error:  # whatever the libraries between here and the server raise
@@ -216,9 +354,7 @@ def load_dataset(env_id, dataset_id=None):
     try:
         return minari.MinariDataset(path / "data")
     except (OSError, ValueError, KeyError, AssertionError) as error:
-        unfinished = (path / "data").exists() and not (path / "data" / "main_data.hdf5").exists()
-        advice = f", delete {path} and get it again" if unfinished else ""
-        sys.exit(f"{wanted} cannot be opened{advice}: {type(error).__name__}: {error}")
+        sys.exit(f"{wanted} cannot be opened, or is not all at {path} yet: {type(error).__name__}: {error}")
 
 
 def load_transitions(dataset, env, max_episodes=None):
@@ -226,170 +362,52 @@ def load_transitions(dataset, env, max_episodes=None):
 
     Actions are scaled to [-1, 1]. Exits with a sentence if the dataset does not fit `env`, or holds NaN.
     """
-    if dataset.env_spec and dataset.env_spec.id != env.spec.id:
-        print(f"WARNING: {dataset.id} was recorded in {dataset.env_spec.id}, not in {env.spec.id}.", file=sys.stderr)
-    obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    specs = [dataset.env_spec or env.spec, env.spec]
+    recorded, used = (f"{s.id}, kwargs {json.dumps({**s.kwargs, 'render_mode': None}, default=str)}" for s in specs)
+    if recorded != used:
+        print(f"WARNING: {dataset.id} was recorded in {recorded}, and not in {used}.", file=sys.stderr)
+    space = dataset.observation_space
+    parts = [dataset.action_space, *(space.values() if isinstance(space, gym.spaces.Dict) else [space])]
+    if not all(isinstance(part, gym.spaces.Box) for part in parts):
+        sys.exit(f"{dataset.id} is in {space} and {dataset.action_space}: only a Box or a Dict of them can be read.")
     transitions = {"observations": [], "actions": [], "rewards": [], "next_observations": [], "terminations": []}
-    episodic_returns, indices = [], range(dataset.total_episodes)[: max_episodes or None]
+    episodic_returns, indices = [], range(dataset.total_episodes)[:max_episodes]
     try:
         episodes = list(tqdm(dataset.iterate_episodes(indices), "reading", len(indices), disable=None))
     except (OSError, KeyError) as error:
         sys.exit(f"{dataset.id} cannot be read: {error}")
     for episode in episodes:
-        T, obs = len(episode.rewards), episode.observations
+        T, obs, terminations = len(episode.rewards), episode.observations, episode.terminations
         if isinstance(obs, dict):  # in the environment's order, as FlattenObservation has it: Minari sorts the keys
             keys = getattr(env.unwrapped.observation_space, "spaces", obs)
             obs = np.concatenate([obs[key].reshape(len(obs[key]), -1) for key in keys if key in obs], 1)
         obs = obs.reshape(len(obs), -1)
-        shapes = [obs.shape, episode.actions.shape, episode.rewards.shape, episode.terminations.shape]
-        if shapes != (fitting := [(T + 1, obs_dim), (T, act_dim), (T,), (T,)]):
+        shapes = [obs.shape, episode.actions.shape, episode.rewards.shape, terminations.shape]
+        if shapes != (fitting := [(T + 1, *env.observation_space.shape), (T, *env.action_space.shape), (T,), (T,)]):
             sys.exit(f"{dataset.id} does not fit {env.spec.id}: observations, ... have shapes {shapes}, not {fitting}.")
-        transitions["observations"].append(obs[:-1])
-        transitions["actions"].append(episode.actions)
-        transitions["rewards"].append(episode.rewards)
-        transitions["next_observations"].append(obs[1:])
-        # a truncation is not the task's end: only a termination cuts the bootstrap
-        transitions["terminations"].append(episode.terminations)
-        episodic_returns.append(episode.rewards[: env.spec.max_episode_steps].sum())
+        if TASKS.get(env.spec.id) == "pen" and (obs[:, 26] < 0.075).any():  # Minari's D4RL sets go on after a drop
+            T = np.argmax(obs[:, 26] < 0.075)
+            terminations = np.arange(T) == T - 1
+        if T == 0:  # left out: it begins with the pen on the ground, where the episode before dropped it
+            continue
+        transitions["observations"].append(obs[:T])
+        transitions["actions"].append(episode.actions[:T])
+        transitions["rewards"].append(episode.rewards[:T])
+        transitions["next_observations"].append(obs[1 : T + 1])
+        transitions["terminations"].append(terminations)  # a truncation is not the task's end: it cuts no bootstrap
+        episodic_returns.append(episode.rewards[:T][: env.spec.max_episode_steps].sum())
+    if not episodic_returns:
+        sys.exit(f"{dataset.id} holds no episode: use another dataset.")
     transitions = {name: np.concatenate(column, dtype=np.float64) for name, column in transitions.items()}
     for name, column in transitions.items():
         if not np.isfinite(column).all():
             sys.exit(f"{dataset.id} holds NaN or infinity in its {name}: use a dataset without.")
-    # scaled by the bounds that they were recorded in, and clipped as in the official code
+    # actions are scaled by the bounds that they were recorded in, and clipped as in the official code
     low, high = np.float64(dataset.action_space.low), np.float64(dataset.action_space.high)
+    if not (np.isfinite(high - low) & (high > low)).all():
+        sys.exit(f"{dataset.id} has actions in {dataset.action_space}: use a dataset with finite bounds.")
     transitions["actions"] = np.clip((transitions["actions"] - low) / (high - low) * 2 - 1, -1 + 1e-5, 1 - 1e-5)
     return transitions, np.array(episodic_returns)
-
-
-# ALGO LOGIC: initialize agent here
-def layer_init(layer):
-    nn.init.orthogonal_(layer.weight, math.sqrt(2))
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-class Critic(nn.Module):
-    """Q(s, a) or V(s): one number (batch,) for the concatenation of its inputs, each (batch, ...)."""
-
-    def __init__(self, input_dim):
-        super().__init__()
-        self.fc1 = layer_init(nn.Linear(input_dim, 256))
-        self.fc2 = layer_init(nn.Linear(256, 256))
-        self.fc3 = layer_init(nn.Linear(256, 1))
-
-    def forward(self, *inputs):
-        x = F.relu(self.fc1(torch.cat(inputs, 1)))
-        x = F.relu(self.fc2(x))
-        return self.fc3(x).squeeze(1)
-
-
-class Actor(nn.Module):
-    """Gaussian policy over actions in [-1, 1]: a tanh mean, a state-independent standard deviation."""
-
-    def __init__(self, obs_dim, act_dim):
-        super().__init__()
-        self.fc1 = layer_init(nn.Linear(obs_dim, 256))
-        self.fc2 = layer_init(nn.Linear(256, 256))
-        self.fc_mean = layer_init(nn.Linear(256, act_dim))
-        self.log_std = nn.Parameter(torch.zeros(act_dim))
-        self.register_buffer("obs_mean", torch.zeros(obs_dim, dtype=torch.float64))
-        self.register_buffer("obs_std", torch.ones(obs_dim, dtype=torch.float64))
-
-    def forward(self, x, dropout=0.0):
-        """Mean (batch, act_dim) and log standard deviation (act_dim,) at normalized observations (batch, obs_dim)."""
-        x = F.dropout(F.relu(self.fc1(x)), dropout)
-        x = F.dropout(F.relu(self.fc2(x)), dropout)
-        return torch.tanh(self.fc_mean(x)), self.log_std.clamp(-5.0, 2.0)
-
-    def log_prob(self, x, a, dropout=0.0):
-        """log pi(a|x), (batch,)."""
-        mean, log_std = self(x, dropout)
-        return (-0.5 * ((a - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)).sum(1)
-
-    def normalize(self, obs):
-        """The environment's observations (..., obs_dim), NumPy, as the networks take them: float32, standardized."""
-        x = torch.as_tensor(obs, device=self.obs_mean.device, dtype=torch.float64)
-        return (x - self.obs_mean).div_(self.obs_std).float()
-
-    @torch.no_grad()
-    def act(self, obs):
-        """The mean policy, from the environment's observations (batch, obs_dim) to actions (batch, act_dim), NumPy."""
-        return self(self.normalize(obs))[0].cpu().numpy()
-
-
-class Agent(nn.Module):
-    """All networks of IQL. The target critics start as copies of the critics."""
-
-    def __init__(self, obs_dim, act_dim):
-        super().__init__()
-        self.actor = Actor(obs_dim, act_dim)
-        self.vf = Critic(obs_dim)
-        self.qf1 = Critic(obs_dim + act_dim)
-        self.qf2 = Critic(obs_dim + act_dim)
-        self.qf1_target = copy.deepcopy(self.qf1)
-        self.qf2_target = copy.deepcopy(self.qf2)
-
-
-def make_optimizers(agent, learning_rate):
-    """Adam for V, for the actor and for the two critics; the rates are tensors, which a CUDA graph reads anew."""
-    q_parameters = [*agent.qf1.parameters(), *agent.qf2.parameters()]
-    groups = (agent.vf.parameters(), agent.actor.parameters(), q_parameters)
-    rates = [torch.tensor(learning_rate, device=agent.actor.log_std.device) for _ in groups]
-    return [torch.optim.Adam(p, lr=lr, fused=True, capturable=lr.is_cuda) for p, lr in zip(groups, rates, strict=True)]
-
-
-def expectile_loss(u, expectile):
-    """Mean of |expectile - 1(u < 0)| u^2 (Section 4.1): its minimizer is the expectile, where u = target - V."""
-    return (torch.abs(expectile - (u < 0).float()) * u**2).mean()
-
-
-def update(agent, optimizers, data, args):
-    """One IQL update on a batch of transitions: V, then with the new V actor and critics, then the targets.
-
-    Returns a dict of tensors on the device, losses () and values (batch,): nothing here waits for the device.
-    """
-    v_optimizer, actor_optimizer, q_optimizer = optimizers
-    obs, actions = data["observations"], data["actions"]
-
-    # V(s) regresses to an expectile of min target-Q(s, a) over the data's actions (Eq. 5)
-    with torch.no_grad():
-        min_qf_target = torch.min(agent.qf1_target(obs, actions), agent.qf2_target(obs, actions))
-    v_values = agent.vf(obs)
-    v_loss = expectile_loss(min_qf_target - v_values, args.expectile)
-    v_optimizer.zero_grad()
-    v_loss.backward()
-    v_optimizer.step()
-
-    # the actor regresses to the data's actions, weighted by exp(beta * advantage) (Eq. 7)
-    with torch.no_grad():
-        advantages = min_qf_target - agent.vf(obs)
-        weights = torch.exp(args.beta * advantages).clamp(max=args.max_weight)
-    actor_loss = -(weights * agent.actor.log_prob(obs, actions, args.actor_dropout)).mean()
-    actor_optimizer.zero_grad()
-    actor_loss.backward()
-    actor_optimizer.step()
-
-    # Q(s, a) regresses to r + gamma V(s'): no action outside the data is ever evaluated (Eq. 6)
-    with torch.no_grad():
-        next_v_values = agent.vf(data["next_observations"])
-        next_q_value = data["rewards"] + args.gamma * (1 - data["terminations"]) * next_v_values
-    qf1_a_values = agent.qf1(obs, actions)
-    qf2_a_values = agent.qf2(obs, actions)
-    qf_loss = F.mse_loss(qf1_a_values, next_q_value) + F.mse_loss(qf2_a_values, next_q_value)
-    q_optimizer.zero_grad()
-    qf_loss.backward()
-    q_optimizer.step()
-
-    # every target network follows the network of its name by Polyak averaging
-    with torch.no_grad():
-        for name, target in agent.named_children():
-            if name.endswith("_target"):
-                qf = getattr(agent, name.removesuffix("_target"))
-                torch._foreach_lerp_(list(target.parameters()), list(qf.parameters()), args.tau)
-
-    metrics = {"v_loss": v_loss, "actor_loss": actor_loss, "qf_loss": qf_loss, "qf_values": qf1_a_values}
-    metrics |= {"v_values": v_values, "advantages": advantages, "weights": weights}
-    return {name: tensor.detach() for name, tensor in metrics.items()}
 
 
 def capture(step):
@@ -402,11 +420,8 @@ def capture(step):
         if calls <= 3:  # plain calls load the libraries and make Adam's state
             return step()
         if calls == 4:
-            try:
-                with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):  # records and runs nothing
-                    result = step()
-            except RuntimeError as error:  # leaving a broken capture raises too: what broke it is the context
-                sys.exit(f"The update cannot be captured, use --no-cudagraphs: {error.__context__ or error}")
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):  # records and runs nothing
+                result = step()
         graph.replay()
         return result
 
@@ -415,7 +430,8 @@ def capture(step):
 
 def save(state, path):
     """Write a checkpoint: wherever the process is killed, `path` is the old file or the complete new one."""
-    torch.save(state, path.with_suffix(".tmp"))
+    with open(path.with_suffix(".tmp"), "wb") as file:  # torch.save by name hides a full disk
+        torch.save(state, file)
     os.replace(path.with_suffix(".tmp"), path)
 
 
@@ -430,29 +446,29 @@ def load(path):
         sys.exit(f"{path} is missing, damaged or not a checkpoint of these scripts ({type(error).__name__}: {error}).")
 
 
-if __name__ == "__main__":
-    sys.path.append(os.getcwd())  # for --env-id my_module:MyEnv-v0
-    args, saved = tyro.cli(Args), None
-    if args.resume:
-        saved = load(Path(args.resume) / "checkpoint.pt")
-        if saved["args"].keys() != vars(args).keys():
-            sys.exit(f"{args.resume} is a run of another script or version: resume it with the one that began it.")
-        args = tyro.cli(Args, default=Args(**saved["args"]))
-        fixed = "dataset_id max_episodes seed normalize_obs reward_scale reward_shift eval_episodes checkpoint"
-        for name in fixed.split():
-            if getattr(args, name) != saved["args"][name]:
-                sys.exit(f"{name}={getattr(args, name)} would make another run of {args.resume}: begin a new one.")
-        if args.total_updates <= saved["global_step"] and args.total_updates != saved["args"]["total_updates"]:
-            sys.exit(f"{args.resume} has done {saved['global_step']} updates already: give more, or begin a new run.")
-    elif args.checkpoint:
-        saved = load(args.checkpoint)
+def parse_args():
+    """The arguments, and the checkpoint that they start from or resume, or None. Exits with a sentence."""
+    args = tyro.cli(Args)
+    if not args.resume:
+        return args, load(args.checkpoint) if args.checkpoint else None
+    saved = load(Path(args.resume) / "checkpoint.pt")
+    if saved["args"].keys() != vars(args).keys() or "fingerprint" not in saved:
+        sys.exit(f"{args.resume} is a run of another script or version: resume it with the one that began it.")
+    args = tyro.cli(Args, default=Args(**saved["args"]))
+    finished = args.total_updates <= saved["global_step"]
+    free = "total_updates eval_frequency final_episodes eval_envs capture_video track wandb_project_name wandb_entity"
+    free = ["resume"] if finished else ["resume", *free.split()]
+    changed = [name for name in vars(args) if getattr(args, name) != saved["args"][name] and name not in free]
+    if changed:
+        sys.exit(f"{args.resume} takes no other {', '.join(changed)} at step {saved['global_step']}: begin a new run.")
+    if finished:
+        print(f"{args.resume} is finished: {describe(saved['evaluations'][-1])}")
+        sys.exit()
+    return args, saved
 
-    # env setup
-    env = make_env(args.env_id)()
-    task = TASKS.get(env.spec.id)
-    args.env_id = env.spec.id if task else args.env_id  # AdroitHandPen is another name of AdroitHandPen-v1
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "_").replace(":", "_")
-    run_dir = Path(args.resume or f"runs/{run_name}")
+
+def stop_on_signals(run_dir):
+    """Ctrl-C and SIGTERM end the evaluation's processes and this one at once, and say how to go on."""
 
     def stop(signum, frame):
         if multiprocessing.parent_process() is None:  # forked workers have this handler too, and end silently
@@ -465,7 +481,23 @@ if __name__ == "__main__":
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    envs = gym.vector.AsyncVectorEnv([make_env(args.env_id)] * args.eval_envs)  # forked before a thread is started
+
+
+if __name__ == "__main__":
+    sys.path.append(os.getcwd())  # for --env-id my_module:MyEnv-v0
+    args, saved = parse_args()
+    if args.track:
+        import wandb
+
+    # env setup
+    env = make_env(args.env_id)()
+    task = TASKS.get(env.spec.id)
+    args.env_id = env.spec.id if task else args.env_id  # AdroitHandPen is another name of AdroitHandPen-v1
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.resume or "runs/" + re.sub(r"[^\w.-]", "_", run_name))
+    run_name = run_dir.resolve().name
+    stop_on_signals(run_dir)
+    envs = gym.vector.AsyncVectorEnv([make_env(args.env_id)] * args.eval_envs)  # forks, which is safe before threads
     if args.capture_video:
         video_env = gym.wrappers.RecordVideo(make_env(args.env_id, render_mode="rgb_array")(), f"videos/{run_name}")
         video_env.env.reset()
@@ -476,32 +508,39 @@ if __name__ == "__main__":
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # would write every new tensor twice
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # more gain little here, and lose much where other programs keep the cores busy
     args.cuda = args.cuda and torch.cuda.is_available()
     device = torch.device("cuda" if args.cuda else "cpu")
     if args.cuda:
         torch.cuda.set_stream(torch.cuda.Stream())  # a CUDA graph cannot be captured on the default stream
 
-    # agent and data
-    agent = Agent(env.observation_space.shape[0], env.action_space.shape[0])
+    # agent and data. What is not given is a checkpoint's, or Adroit's
+    agent = Agent(env.observation_space.shape[0], env.action_space.shape[0], args)
+    inherited = {"reward_scale": 0.05 if task else 1.0, "reward_shift": 0.0}
     reference = ADROIT[task][1:] if task else None
     if saved:
-        if saved["args"]["env_id"] != args.env_id:
-            sys.exit(f"{args.resume or args.checkpoint} is of {saved['args']['env_id']}, not of {args.env_id}.")
+        inherited, reference = saved["args"], saved["reference"]
+        if inherited["env_id"] != args.env_id:
+            sys.exit(f"{args.resume or args.checkpoint} is of {inherited['env_id']}, not of {args.env_id}.")
         agent.load_state_dict(saved["agent"])
-        reference, args.normalize_obs = saved["reference"], saved["args"]["normalize_obs"]
-    defaults = saved["args"] if saved else {"reward_scale": 0.05 if task else 1.0, "reward_shift": 0.0}
-    args.reward_scale = defaults["reward_scale"] if args.reward_scale is None else args.reward_scale
-    args.reward_shift = defaults["reward_shift"] if args.reward_shift is None else args.reward_shift
-    transitions, transition_count, measured = {}, 0, {}
+        if inherited["normalize_obs"] and not args.normalize_obs:
+            sys.exit(f"{args.checkpoint} is of normalized observations: leave out --no-normalize-obs.")
+        args.normalize_obs = inherited["normalize_obs"]
+        if args.dataset_id is None or args.total_updates == 0:
+            args.dataset_id, args.max_episodes = inherited["dataset_id"], args.max_episodes or inherited["max_episodes"]
+    args.reward_scale = inherited["reward_scale"] if args.reward_scale is None else args.reward_scale
+    args.reward_shift = inherited["reward_shift"] if args.reward_shift is None else args.reward_shift
+    transitions, measured, fingerprint = {}, {}, None
     if args.total_updates > 0 or not saved:
-        dataset = load_dataset(args.env_id, args.dataset_id or defaults.get("dataset_id"))
-        args.dataset_id = dataset.id
+        dataset = load_dataset(args.env_id, args.dataset_id)
+        args.dataset_id = args.dataset_id or dataset.id
         transitions, dataset_returns = load_transitions(dataset, env, args.max_episodes)
-        transition_count = len(transitions["rewards"])
+        fingerprint = [zlib.crc32(column) for column in transitions.values()]
         scores = tuple(dataset.storage.metadata.get(name) for name in ("ref_min_score", "ref_max_score"))
         reference = reference if task or None in scores else scores
+        obs = transitions["observations"]
         if args.normalize_obs and not saved:
-            obs = transitions["observations"]
             std = np.where(np.ptp(obs, 0) > 0, obs.std(0) + 1e-3, 1.0)  # what never changes keeps its scale
             agent.actor.obs_mean.copy_(torch.from_numpy(obs.mean(0)))
             agent.actor.obs_std.copy_(torch.from_numpy(std))
@@ -511,16 +550,19 @@ if __name__ == "__main__":
         transitions["rewards"] = (transitions["rewards"] + args.reward_shift) * args.reward_scale
         rng = np.random.default_rng(EVAL_SEED)
         random_returns, _ = evaluate(envs, lambda _: rng.uniform(-1, 1, envs.action_space.shape), 20)
-        measured["dataset"] = {"transitions": transition_count, **summarize(dataset_returns, None, reference)}
+        measured["dataset"] = {"transitions": len(obs), **summarize(dataset_returns, None, reference)}
         measured["random"] = summarize(random_returns, None, reference)
+    source = args.dataset_id if transitions else args.checkpoint
     agent.to(device)
-    v_optimizer, actor_optimizer, q_optimizer = optimizers = make_optimizers(agent, args.learning_rate)
+    _, actor_optimizer, _ = optimizers = make_optimizers(agent, args.learning_rate)
 
     # where the run stands: evaluations are the rows of evaluations.csv
-    first_step, evaluations, best_return, start_time = 0, [], -math.inf, time.time()
+    first_step, evaluations, best_return, start_time = 0, [], -math.inf, time.monotonic()
     if args.resume:
-        assert args.cuda == saved["args"]["cuda"], f"{run_dir} ran on another device: resume it there"
-        assert transition_count == saved["transition_count"], "the dataset has changed: begin a new run"
+        if args.cuda != saved["args"]["cuda"]:
+            sys.exit(f"{run_dir} ran on another device: resume it there.")
+        if saved["fingerprint"] and fingerprint != saved["fingerprint"]:
+            sys.exit(f"The dataset {args.dataset_id} has changed since {run_dir} began: begin a new run.")
         first_step, evaluations, best_return = saved["global_step"] + 1, saved["evaluations"], saved["best_return"]
         start_time -= evaluations[-1]["wall_seconds"]
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
@@ -529,32 +571,30 @@ if __name__ == "__main__":
         torch.set_rng_state(saved["rng_state"])
         if args.cuda:
             torch.cuda.set_rng_state(saved["cuda_rng_state"])
+        save({**saved, "args": vars(args)}, run_dir / "checkpoint.pt")  # what was given anew holds from now on
 
     # logging
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-    if args.resume:  # the arguments given anew hold for the next --resume too
-        save({**saved, "args": vars(args)}, run_dir / "checkpoint.pt")
     if args.track:
-        import wandb
-
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_dir.name}
-        wandb.init(**names, id=run_dir.name, resume="allow", sync_tensorboard=True, config=vars(args), save_code=True)
-    (run_dir / "args.json").write_text(json.dumps({"args": vars(args), **measured}, indent=2))
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_name, "id": run_name}
+        wandb.init(**names, resume="allow", sync_tensorboard=True, config=vars(args), save_code=True)
+    (run_dir / "args.tmp").write_text(json.dumps({"args": vars(args), **measured}, indent=2))
+    os.replace(run_dir / "args.tmp", run_dir / "args.json")
     writer = SummaryWriter(run_dir, purge_step=first_step)
     hyperparameters = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{hyperparameters}")
-    print(f"{run_dir}: {args.env_id} with {args.dataset_id or args.checkpoint} on {device}, from update {first_step}")
+    print(f"{run_dir}: {args.env_id} with {source} on {device}, from update {first_step}")
     for name, summary in measured.items():
         print(f"{name}: {describe(summary)}", flush=True)
 
     # one update on a batch drawn from the dataset: all of it happens on the device
     def step():
-        indices = torch.randint(transition_count, (args.batch_size,), device=device)
+        indices = torch.randint(len(transitions["rewards"]), (args.batch_size,), device=device)
         data = {name: tensor.index_select(0, indices) for name, tensor in transitions.items()}
         return update(agent, optimizers, data, args)
 
     if args.cudagraphs and args.cuda:
-        step = capture(step)
+        step = capture(step)  # what Python and the CPU choose in its fourth call is frozen
 
     # TRY NOT TO MODIFY: start the training. global_step counts the updates done
     steps = range(first_step, args.total_updates + 1)
@@ -574,7 +614,7 @@ if __name__ == "__main__":
                 writer.add_scalar(f"losses/{name}", tensor.mean().item(), global_step)
             if not (metrics["v_loss"] + metrics["qf_loss"] + metrics["actor_loss"]).isfinite():
                 sys.exit(f"A loss is NaN or infinite at update {global_step}: lower --learning-rate or --reward-scale.")
-            writer.add_scalar("charts/SPS", global_step / (time.time() - start_time), global_step)
+            writer.add_scalar("charts/SPS", global_step / (time.monotonic() - start_time), global_step)
 
         if evaluating:
             returns, successes = evaluate(envs, agent.actor.act, args.final_episodes if last else args.eval_episodes)
@@ -583,7 +623,7 @@ if __name__ == "__main__":
                 writer.add_scalar(f"charts/{name}", value, global_step)
             writer.flush()
             row = {"global_step": global_step, "total_updates": args.total_updates, **summary}
-            evaluations.append({**row, "wall_seconds": time.time() - start_time})
+            evaluations.append({**row, "wall_seconds": time.monotonic() - start_time})
             tqdm.write(describe(evaluations[-1]))
             sys.stdout.flush()
             with open(run_dir / "evaluations.csv", "w", newline="") as file:
@@ -592,7 +632,8 @@ if __name__ == "__main__":
                 table.writerows(evaluations)
 
             mean = returns[: args.eval_episodes].mean().item()  # over the start states that all evaluations share
-            improved, best_return = mean > best_return, max(best_return, mean)
+            improved = mean > best_return and len(returns) >= args.eval_episodes
+            best_return = mean if improved else best_return
             state = {
                 "args": vars(args),
                 "agent": agent.state_dict(),
@@ -603,7 +644,7 @@ if __name__ == "__main__":
                 "evaluations": evaluations,
                 "best_return": best_return,
                 "reference": reference,
-                "transition_count": transition_count,
+                "fingerprint": fingerprint,
             }
             if improved:
                 save(state, run_dir / "best.pt")
@@ -616,5 +657,4 @@ if __name__ == "__main__":
             wandb.log({"video": wandb.Video(f"videos/{run_name}/rl-video-episode-0.mp4")})
     envs.close()
     writer.close()
-    source = args.dataset_id or args.checkpoint
     print(f"final: {args.env_id} with {source}, seed {args.seed}: {describe(evaluations[-1])}")

@@ -31,7 +31,7 @@ def load_policy(path):
     """The environment's id and the policy of a checkpoint."""
     saved = iql.load(path)
     env = iql.make_env(saved["args"]["env_id"])()
-    agent = iql.Agent(env.observation_space.shape[0], env.action_space.shape[0])
+    agent = iql.Agent(env.observation_space.shape[0], env.action_space.shape[0], iql.Args())
     agent.load_state_dict(saved["agent"])
     return saved["args"]["env_id"], agent.actor.act
 
@@ -62,7 +62,7 @@ def train_in_maze(expectile):
     """An agent trained on the maze's fragments of paths."""
     torch.manual_seed(0)
     args = iql.Args(expectile=expectile, beta=30.0, gamma=0.9, learning_rate=1e-3, actor_dropout=0.0)
-    transitions, agent = maze_transitions(), iql.Agent(2, 2)
+    transitions, agent = maze_transitions(), iql.Agent(2, 2, args)
     optimizers = iql.make_optimizers(agent, args.learning_rate)
     for _ in range(500):
         indices = torch.randint(len(transitions["rewards"]), (64,))

@@ -24,7 +24,7 @@ import tyro
 source = (Path(__file__).resolve().parent.parent / "iql_continuous.py").read_text()
 names = {"torch": torch, "nn": torch.nn, "F": torch.nn.functional, "math": math, "os": os, "sys": sys}
 names |= {"dataclass": dataclass, "copy": copy, "__name__": "iql", "__file__": "iql_continuous.py"}
-for begin, end in (("@dataclass", "# D4RL's horizon"), ("# ALGO LOGIC: initialize agent", "def save(")):
+for begin, end in (("@dataclass", "# D4RL's horizon"), ("def capture(", "def save(")):
     exec(source[source.index(begin) : source.index(end)], names)
 
 
@@ -46,7 +46,7 @@ OBS_DIM, ACT_DIM, BATCH, COUNT = 46, 26, 256, 100_000  # hammer's sizes; transit
 def ours(transitions, dropout, device):
     """The script's own step."""
     args = names["Args"](actor_dropout=dropout)
-    agent = names["Agent"](OBS_DIM, ACT_DIM).to(device)
+    agent = names["Agent"](OBS_DIM, ACT_DIM, args).to(device)
     optimizers = names["make_optimizers"](agent, args.learning_rate)
     transitions = {name: tensor.to(device) for name, tensor in transitions.items()}
 

@@ -25,10 +25,7 @@ def stand_ins(monkeypatch):
     def graph(graph, stream):
         assert stream == "the current stream"
         state.capturing = True
-        try:
-            yield
-        except RuntimeError:
-            raise RuntimeError("the capture ended badly")  # noqa: B904  as CUDA does, the cause is only the context
+        yield
         state.capturing = False
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
@@ -54,20 +51,6 @@ def test_every_call_of_a_captured_step_does_its_work_once(stand_ins):
     assert [result["call"] for result in results] == [1, 2, 3] + 7 * [4]
 
 
-def test_a_step_that_cannot_be_captured_ends_in_a_sentence_with_its_cause(stand_ins):
-    _, state = stand_ins
-
-    def step():
-        if state.capturing:
-            raise RuntimeError("operation not permitted when stream is capturing")
-
-    captured_step = iql_continuous.capture(step)
-    for _ in range(3):
-        captured_step()
-    with pytest.raises(SystemExit, match="--no-cudagraphs: operation not permitted"):
-        captured_step()
-
-
 FLAGS = "--env-id AdroitHandPen-v1 --dataset-id bundled/pen/demos-v0 --eval-episodes 2 --final-episodes 2"
 LENGTH = {"iql_continuous.py": "--total-updates", "iql_finetune.py": "--online-steps 0 --offline-updates"}
 
@@ -86,15 +69,15 @@ def weights(run_dir):
 @pytest.mark.parametrize("script", LENGTH)
 @GPU
 def test_a_captured_run_has_the_bits_of_a_plain_one_resumed_or_not(script, tmp_path):
-    plain = weights(trained(script, f"{LENGTH[script]} 60 --no-cudagraphs", tmp_path, "plain"))
-    captured = weights(trained(script, f"{LENGTH[script]} 60", tmp_path, "captured"))
+    plain = weights(trained(script, f"{LENGTH[script]} 60", tmp_path, "plain"))
+    captured = weights(trained(script, f"{LENGTH[script]} 60 --cudagraphs", tmp_path, "captured"))
     # one that stops after its checkpoint at 30 updates
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     text, place = (ROOT / script).read_text(), "        # losses: here"
     (tmp_path / script).write_text(
         text.replace(place, f"        if global_step > 30:\n            sys.exit()\n{place}")
     )
-    run_dir = trained(tmp_path / script, f"{LENGTH[script]} 60 --eval-frequency 30", tmp_path, "resumed")
+    run_dir = trained(tmp_path / script, f"{LENGTH[script]} 60 --cudagraphs --eval-frequency 30", tmp_path, "resumed")
     assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["global_step"] == 30
     run_script(script, f"--resume {run_dir}", tmp_path)
     for found in (captured, weights(run_dir)):

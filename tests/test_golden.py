@@ -20,9 +20,9 @@ COLUMNS = ("v_loss", "qf_loss", "actor_loss", "v_values", "qf_values", "advantag
 SCRIPTS = [iql_continuous, iql_finetune]
 
 
-def golden_agent(script):
+def golden_agent(script, args):
     """The official run's starting weights, redrawn: its matrices are (in, out), torch's (out, in)."""
-    rng, agent = np.random.RandomState(0), script.Agent(OBS_DIM, ACT_DIM)
+    rng, agent = np.random.RandomState(0), script.Agent(OBS_DIM, ACT_DIM, args)
     state = agent.state_dict()
     for name, n_in, n_out in (
         ("qf1", OBS_DIM + ACT_DIM, 1),
@@ -59,7 +59,7 @@ def golden_batches(count, size, seed):
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_twenty_updates_agree_with_the_official_implementation(script):
     args = script.Args(expectile=0.7, beta=0.5, gamma=0.99, tau=0.005, learning_rate=3e-4, actor_dropout=0.0)
-    agent = golden_agent(script)
+    agent = golden_agent(script, args)
     optimizers = script.make_optimizers(agent, args.learning_rate)
     losses = []
     for k, batch in enumerate(golden_batches(UPDATES, BATCH, seed=1)):
@@ -70,6 +70,7 @@ def test_twenty_updates_agree_with_the_official_implementation(script):
 
     probe = next(golden_batches(1, 64, seed=99))
     obs, actions = probe["observations"], probe["actions"]
+    agent.eval()
     with torch.no_grad():
         mean, log_std = agent.actor(obs)
         outputs = {"mean": mean, "log_std": log_std, "v": agent.vf(obs)}

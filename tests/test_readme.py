@@ -138,7 +138,7 @@ def test_the_code_for_ones_own_code_needs_no_other_file(first_run, tmp_path):
     (tmp_path / "own.py").write_text(code + "print(action.tolist())\n")
     shutil.copy(ROOT / "iql_continuous.py", tmp_path)
     printed = run(tmp_path / "own.py", tmp_path, tiny=False, PYTHONPATH=str(tmp_path))
-    agent, env = iql.Agent(45, 24), iql.make_env("AdroitHandPen-v1")()
+    agent, env = iql.Agent(45, 24, iql.Args()), iql.make_env("AdroitHandPen-v1")()
     agent.load_state_dict(saved_by(first_run[0], "best.pt")["agent"])
     assert printed == f"{agent.actor.act(env.reset(seed=0)[0][None])[0].tolist()}\n"
 

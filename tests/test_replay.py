@@ -39,7 +39,7 @@ def prepare(normalize, max_episodes=4):
 
 def begin_at(saved, script):
     """The agent and the optimizers of a checkpoint; PyTorch's random numbers go on from there."""
-    agent = script.Agent(3, 2)
+    agent = script.Agent(3, 2, script.Args(**VALUES))
     agent.load_state_dict(saved["agent"])
     optimizers = script.make_optimizers(agent, 0.01)
     for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
@@ -101,6 +101,7 @@ def test_an_online_run_is_update_on_the_data_and_what_the_environment_gave(annea
             obs, _ = env.reset(seed=torch.randint(2**31, ()).item())
             episodic_return, success = 0.0, False
         x = torch.tensor((obs - mean) / std, dtype=torch.float32)
+        agent.eval()
         with torch.no_grad():
             policy_mean, log_std = agent.actor(x[None])
             action = (policy_mean + 0.5 * log_std.exp() * torch.randn(1, 2)).clamp(-1, 1)[0]

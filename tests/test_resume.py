@@ -146,32 +146,35 @@ def test_arguments_given_on_resume_hold_from_then_on(tmp_path):
     run("iql_continuous", tmp_path, "--total-updates 20")
     before, best = saved_by(tmp_path), (run_dir(tmp_path) / "best.pt").read_bytes()
     torch.save({**before, "best_return": 1e9}, run_dir(tmp_path) / "checkpoint.pt")  # no later evaluation is better
-    done = finish(resume("iql_continuous", tmp_path, "--total-updates 40 --learning-rate 0.002 --final-episodes 3"))
+    done = finish(resume("iql_continuous", tmp_path, "--total-updates 40 --final-episodes 3"))
     assert done.returncode == 0 and "global_step=40, " in done.stdout.splitlines()[-1], done.stderr
     saved = saved_by(tmp_path)
-    assert {**before["args"], "total_updates": 40, "learning_rate": 0.002, "final_episodes": 3} == {
-        **saved["args"],
-        "resume": None,
-    }
+    assert {**before["args"], "total_updates": 40, "final_episodes": 3} == {**saved["args"], "resume": None}
     assert saved["best_return"] == 1e9 and (run_dir(tmp_path) / "best.pt").read_bytes() == best
     rows = saved["evaluations"]
     assert rows[:3] == before["evaluations"]  # with the length that they were asked for
     assert [(row["episodes"], row["total_updates"]) for row in rows] == 3 * [(2, 20)] + [(2, 40), (3, 40)]
     v_rate, actor_rate, q_rate = (optimizer["param_groups"][0]["lr"].item() for optimizer in saved["optimizers"])
-    assert v_rate == q_rate == pytest.approx(0.002)
-    assert actor_rate == pytest.approx(0.002 * 0.5 * (1 + np.cos(np.pi * 39 / 40)))
+    assert v_rate == q_rate == pytest.approx(3e-4)
+    assert actor_rate == pytest.approx(3e-4 * 0.5 * (1 + np.cos(np.pi * 39 / 40)))
     # a kill before the first new evaluation loses neither a row nor what was asked for
-    (tmp_path / "hang").touch()
-    process = resume("iql_continuous", tmp_path, "--total-updates 50")
-    wait_until((tmp_path / "hanging").exists, process)
-    process.kill()
-    (tmp_path / "hang").unlink()
-    finish(process)
-    assert rows_in(tmp_path) == 1 + 5
+    begun = (
+        (lambda: saved_by(tmp_path)["args"]["total_updates"] == 10**6),
+        (lambda: said.exists() and "from update 41" in said.read_text()),
+    )
+    for flags, condition in zip(("--total-updates 1000000 --eval-frequency 1000000", ""), begun, strict=True):
+        process = resume("iql_continuous", tmp_path, flags)
+        said = process.streams / "out"
+        wait_until(condition, process)
+        process.kill()
+        finish(process)
+        assert rows_in(tmp_path) == 1 + 5
     done = finish(resume("iql_continuous", tmp_path, "--total-updates 50"))
-    assert "global_step=50, " in done.stdout.splitlines()[-1], done.stderr
-    done = finish(resume("iql_continuous", tmp_path))  # a finished run says its score again
-    assert "global_step=50, " in done.stdout.splitlines()[-1] and rows_in(tmp_path) == 1 + 6
+    assert "global_step=50, total_updates=50, episodes=3, " in done.stdout.splitlines()[-1], done.stderr
+    files = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run_dir(tmp_path).iterdir()}
+    done = finish(resume("iql_continuous", tmp_path))  # a finished run says its score again, and writes nothing
+    assert f"{run_dir(tmp_path).name} is finished: global_step=50, " in done.stdout and rows_in(tmp_path) == 1 + 6
+    assert files == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run_dir(tmp_path).iterdir()}
 
 
 def kill_beyond_a_checkpoint(folder, flags, step):
@@ -206,7 +209,8 @@ def test_an_online_run_goes_on_from_its_checkpoint_and_loses_no_transition(tmp_p
     assert longer.any(1).all() and longer[:60].tobytes() == result(tmp_path / "straight")[-1][0]
     longer[30] = 0
     longer.tofile(path)
-    assert "online.bin lacks transitions" in finish(resume("iql_finetune", tmp_path / "killed")).stderr
+    done = finish(resume("iql_finetune", tmp_path / "killed", "--online-steps 90"))
+    assert_refused(done, "online.bin lacks transitions")
 
 
 def test_nan_from_the_simulator_is_not_stored_and_a_resumed_run_gets_past_it(tmp_path):

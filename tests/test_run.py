@@ -123,7 +123,7 @@ def test_best_pt_is_the_best_evaluation_on_the_start_states_that_all_share(finis
     script, folder, _ = finished
     best, last = saved_by(folder, "best.pt"), saved_by(folder)
     envs = gym.vector.SyncVectorEnv([iql_continuous.make_env(last["args"]["env_id"])] * 2)
-    agent = iql_continuous.Agent(3, 2)
+    agent = iql_continuous.Agent(3, 2, iql_continuous.Args())
     agent.load_state_dict(best["agent"])
     returns, _ = iql_continuous.evaluate(envs, agent.actor.act, 2)
     assert best["best_return"] == last["best_return"] == pytest.approx(returns.mean())
@@ -145,10 +145,13 @@ def test_a_checkpoint_keeps_its_statistics_and_units_and_evaluates_to_its_score(
         run(script, tmp_path / "evaluated", f"{same} --total-updates 0 --dataset-id None")
         (row,), evaluated = rows_of(tmp_path / "evaluated"), saved_by(tmp_path / "evaluated")
         assert row["episodic_return"] == rows_of(folder)[-1]["episodic_return"]
-        # no dataset was read
-        assert {name: evaluated["args"][name] for name in ("dataset_id", *units)} == {"dataset_id": None, **units}
+        # no dataset was read: the checkpoint's stays its own for what begins with it
+        assert json.loads((run_dir(tmp_path / "evaluated") / "args.json").read_text()).keys() == {"args"}
+        inherited = {"dataset_id": "tiny/good-v0", **units}
+        assert {name: evaluated["args"][name] for name in ("dataset_id", *units)} == inherited
         last = run(script, tmp_path / "evaluated", f"--resume runs/{run_dir(tmp_path / 'evaluated').name}", tiny=False)
-        assert f"with {path}, seed 1: {iql_continuous.describe(evaluated['evaluations'][0])}" in last
+        score = iql_continuous.describe(evaluated["evaluations"][0])
+        assert last == f"runs/{run_dir(tmp_path / 'evaluated').name} is finished: {score}\n"
     flags = f"{FLAGS['iql_finetune']} {same} --dataset-id tiny/other-v0"
     printed = run("iql_finetune", tmp_path / "tuned", flags)
     saved = saved_by(tmp_path / "tuned")

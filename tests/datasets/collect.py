@@ -48,7 +48,8 @@ if __name__ == "__main__":
     model, noise = iql.load(sys.argv[1]), float(sys.argv[2])
     env_id = model["args"]["env_id"]
     env = iql.make_env(env_id)()
-    agent = iql.Agent(env.observation_space.shape[0], env.action_space.shape[0])
+    args = iql.Args(**model["args"])
+    agent = iql.Agent(env.observation_space.shape[0], env.action_space.shape[0], args).eval()
     agent.load_state_dict(model["agent"])
     generator = torch.Generator().manual_seed(SEED)
     episodes, successes = zip(
