@@ -360,7 +360,7 @@ def load_dataset(env_id, dataset_id=None):
 def load_transitions(dataset, env, max_episodes=None):
     """Read a Minari dataset: transitions, float64 arrays (N, ...) by name, and returns within the time limit (E,).
 
-    Actions are scaled to [-1, 1]. Exits with a sentence if the dataset does not fit `env`, or holds NaN.
+    Actions are scaled to [-1, 1], rewards stay (gymnasium-robotics' own in Minari's D4RL sets). Exits with a sentence.
     """
     specs = [dataset.env_spec or env.spec, env.spec]
     recorded, used = (f"{s.id}, kwargs {json.dumps({**s.kwargs, 'render_mode': None}, default=str)}" for s in specs)
