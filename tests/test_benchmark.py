@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
+from itertools import product
 from pathlib import Path
 
 import processes
@@ -48,18 +49,16 @@ if __name__ == "__main__":
     print("started:", json.dumps({"argv": sys.argv[1:], **{name: os.environ.get(name) for name in names}}))
     if args.seed == "13":
         sys.exit("There is no luck in 13.")
-    child = subprocess.Popen(["sleep", "600"])
-    signal.signal(signal.SIGTERM, signal.SIG_IGN if args.deaf else stop)
     run_dir = Path(args.resume or f"runs/{args.exp_name}-of-the-script__{args.seed}__{time.time_ns()}")
     run_dir.mkdir(parents=True, exist_ok=True)
     print(f"{run_dir}: {args.env_id} with {args.dataset_id}")
     done, total = run_dir / "checkpoint.pt", args.total_updates or args.offline_updates + args.online_steps
     if args.resume and total < int(done.read_text()):
-        child.kill()
         sys.exit(f"{run_dir} has done {done.read_text()} updates already.")
+    child = subprocess.Popen(["sleep", "600"])
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if args.deaf else stop)
     done.write_text(str(total))
-    if args.slow:
-        time.sleep(600)
+    time.sleep(600 * args.slow)
     child.kill()
     print("final: version 1")
 """
@@ -117,26 +116,18 @@ class Benchmark:
         self.wait_for(lambda: len(list(self.out.glob("runs/*/checkpoint.pt"))) >= count)
 
     def processes(self):
-        """What still runs of everything that was started here, by number; a zombie has no environment."""
-        found = {}
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                if self.mark.encode() in (path / "environ").read_bytes():
-                    found[int(path.name)] = (path / "cmdline").read_bytes()
-            except OSError:
-                pass
-        return found
+        """The numbers of all that was started here and still runs; a zombie has no environment."""
+        command = f"grep -ls {self.mark} /proc/[0-9]*/environ"
+        found = subprocess.run(command, shell=True, capture_output=True, text=True).stdout
+        return [int(path.split("/")[2]) for path in found.split()]
 
 
 @pytest.fixture
 def benchmark(tmp_path):
     benchmark = Benchmark(tmp_path)
     yield benchmark
-    for pid in benchmark.processes():  # of a test that failed
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+    if left := benchmark.processes():  # of a test that failed
+        subprocess.run(["kill", "-KILL", *map(str, left)])
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
@@ -157,14 +148,14 @@ def test_a_real_run_with_its_report(benchmark):
     output = benchmark(UPDATES="4", PYTHONPATH=str(ROOT / "tests"), **env)
     assert (benchmark.out / "report.md").read_text() in output
     (run,) = csv.DictReader((benchmark.out / "results.csv").open())
-    identity = tuple(run[name] for name in ("data", "variant", "seed", "updates"))
-    assert identity == ("tiny/good-v0[:3]", "mine", "3", "2->4")
+    assert list(run.values())[1:5] == ["tiny/good-v0[:3]", "mine", "3", "2->4"]
     *_, last = csv.DictReader((processes.run_dir(benchmark.out) / "evaluations.csv").open())
     assert (last["global_step"], float(last["episodic_return"])) == ("4", float(run["final"]))
 
 
 def test_commands(benchmark):
-    """Each task, dataset, variant and seed once, in a folder with blanks and brackets and through a symbolic link."""
+    """Each task, dataset, variant and seed once, in an odd folder without locks and through a symbolic link."""
+    benchmark.add_tool("flock", "exit 71")
     (benchmark.folder / "link").mkdir()
     (benchmark.folder / "link" / "it.sh").symlink_to("../benchmark.sh")
     tasks = {"pen": "AdroitHandPen-v1", "hammer": "AdroitHandHammer-v1"}
@@ -172,15 +163,12 @@ def test_commands(benchmark):
     env |= {"TASKS": " ".join(tasks.values()), "MINARI_DATASETS_PATH": "sets", "EXTRA": "--beta 2\n--beta 3"}
     benchmark.out = benchmark.folder / "my [1] out"
     output = benchmark(script="link/it.sh", **env)
-    assert f"16 runs in {benchmark.out}" in output
-    wanted = {}
-    for task, env_id in tasks.items():
-        for data in (f"D4RL/{task}/human-v2", f"own/{task}-v0"):
-            for label, flags in (("iql", ""), ("bc", "--beta 0")):
-                for seed in "12":
-                    name, more = f"{label}.{data.replace('/', '.')}", f"{flags} --seed {seed} --total-updates 1000"
-                    command = f"--env-id {env_id} --dataset-id {data} --exp-name {name} --beta 2 --beta 3 {more}"
-                    wanted[f"{env_id}__{name}__{seed}"] = command.split()
+    assert f"16 runs in {benchmark.out}" in output and output.count("is not locked") == 16
+    data, variants, wanted = ("D4RL/{}/human-v2", "own/{}-v0"), (("iql", ""), ("bc", "--beta 0")), {}
+    for (task, env_id), data_id, (label, flags), seed in product(tasks.items(), data, variants, "12"):
+        name = f"{label}.{data_id.format(task).replace('/', '.')}"
+        command = f"--env-id {env_id} --dataset-id {data_id.format(task)} --exp-name {name} --beta 2 --beta 3 {flags}"
+        wanted[f"{env_id}__{name}__{seed}"] = [*command.split(), "--seed", seed, "--total-updates", "1000"]
     assert {name: start["argv"] for name, start in benchmark.starts().items()} == wanted
     assert {start["MINARI_DATASETS_PATH"] for start in benchmark.starts().values()} == {str(benchmark.folder / "sets")}
     assert (benchmark.out / "tests").readlink() == benchmark.folder / "tests"  # where the bundled sets are
@@ -252,8 +240,7 @@ def test_stop(benchmark, number, to_group, flags):
     assert len(benchmark.processes()) >= 7  # itself, xargs, its shells, two runs and their children
     os.killpg(process.pid, number) if to_group else process.send_signal(number)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + number, output
-    assert "stopping; the same command goes on" in output
+    assert process.returncode == 128 + number and "stopping; the same command goes on" in output, output
     benchmark.wait_for(lambda: not benchmark.processes())
     assert len(list(benchmark.out.glob("runs/*"))) == 2
     assert [log.count("Stopped") for log in benchmark.logs().values()] == [0 if "--deaf" in flags else 1] * 2
@@ -317,11 +304,6 @@ def test_no_run_is_begun_without_its_dataset(benchmark, engine):
     assert not benchmark.logs() and not (benchmark.folder / "sbatch").exists()
 
 
-def test_a_file_system_without_locks(benchmark):
-    benchmark.add_tool("flock", "exit 71")
-    assert benchmark().count("is not locked") == 2 and len(benchmark.starts()) == 2
-
-
 @pytest.mark.parametrize(
     ("visible", "smi", "slots", "devices"),
     [
@@ -340,12 +322,11 @@ def test_slots(benchmark, visible, smi, slots, devices):
     process = benchmark.start(WORKERS_PER_GPU="2", EXTRA="--slow", OMP_NUM_THREADS="5", **env)
     benchmark.wait_for_checkpoints(len(devices))
     process.terminate()
-    output, _ = process.communicate(timeout=120)
+    output, starts = process.communicate(timeout=120)[0], benchmark.starts()
     assert slots in output and "5 runs into" in output
-    starts = benchmark.starts()
     assert sorted(start["CUDA_VISIBLE_DEVICES"] for start in starts.values()) == devices
     assert {start["OMP_NUM_THREADS"] for start in starts.values()} == {"1"}
-    assert [name[-1] for name in starts] == ["1", "2", "3", "4", "5"][: len(devices)]
+    assert [name[-1] for name in starts] == list("12345"[: len(devices)])
 
 
 def test_slurm(benchmark):
@@ -354,15 +335,13 @@ def test_slurm(benchmark):
     benchmark.add_tool("nproc", "echo 12")
     (benchmark.folder / "my.py").write_text(STAND_IN)
     benchmark.out = benchmark.folder / "my [1] out"
-    env = {"OUT": "my [1] out", "SCRIPT": "my.py"}
-    del benchmark.env["WORKERS"]
-    benchmark(ENGINE="slurm", SEEDS="1 2 13 3", WORKERS_PER_GPU="2", SBATCH_FLAGS="--account me --nice", **env)
+    env = {"OUT": "my [1] out", "SCRIPT": "my.py", "ENGINE": "slurm", "WORKERS_PER_GPU": "2", "WORKERS": ""}
+    benchmark(SEEDS="1 2 13 3", SBATCH_FLAGS="--account me --nice", **env)
     told = (benchmark.folder / "sbatch").read_text().splitlines()
     assert {"--array=0-1", "--account", "me", "--nice", f"--output={benchmark.out}/logs/%A_%a.out"} <= set(told)
     assert told.index("--export=ALL") > told.index("--nice")  # the last one counts
     (wrapped,) = (flag.removeprefix("--wrap=") for flag in told if flag.startswith("--wrap="))
-    lines = (benchmark.folder / "sbatch_env").read_text().splitlines()
-    job_env = dict(line.split("=", 1) for line in lines if "=" in line)
+    job_env = dict(re.findall("^(.*?)=(.*)$", (benchmark.folder / "sbatch_env").read_text(), re.M))
     (benchmark.folder / "my.py").write_text("edited while the jobs wait")
     for task, status in (("0", 0), ("1", 1)):
         job_env |= {"SLURM_ARRAY_TASK_ID": task, "SLURM_CPUS_PER_TASK": "2"}
@@ -395,7 +374,6 @@ def test_slurm(benchmark):
     ],
 )
 def test_what_is_mistyped_is_named(benchmark, env, sentence):
-    env = dict(env)
     process = benchmark.start(*env.pop("options", ()), **env)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and sentence in output.splitlines()[-1], output
