@@ -223,7 +223,7 @@ def test_merge(tmp_path, rows):
 
 
 def test_figure(tmp_path, monkeypatch):
-    """The last evaluation is a mark, no point of the curve, as are the ends of first lengths. The title tells the data."""
+    """The last evaluation is a mark, no point of the curve, as are those of first lengths. The title tells the data."""
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
     for seed in (1, 2):
