@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from itertools import product
 from pathlib import Path
 
@@ -71,7 +70,7 @@ class Benchmark:
     """benchmark.sh in a folder of its own beside stand-ins for the scripts; `env` is what it is started with."""
 
     def __init__(self, folder):
-        self.folder, self.out, self.mark = folder, folder / "runs" / "benchmark", f"MARK_{uuid.uuid4().hex}"
+        self.folder, self.out = folder, folder / "runs" / "benchmark"
         shutil.copy(ROOT / "benchmark.sh", folder)
         for name in ("bin", "docs"):
             (folder / name).mkdir()
@@ -79,7 +78,7 @@ class Benchmark:
             (folder / name).write_text(STAND_IN)
         (folder / "docs" / "report.py").write_text(REPORT)
         self.env = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-        self.env |= {"PYTHON": sys.executable, "HOME": str(folder), self.mark: "1", "CUDA_VISIBLE_DEVICES": ""}
+        self.env |= {"PYTHON": sys.executable, "HOME": str(folder), "CUDA_VISIBLE_DEVICES": ""}
         self.env |= {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "WORKERS": "2", "UPDATES": "1000"}
         self.env |= {"TASKS": "AdroitHandPen-v1", "DATASETS": "human", "SEEDS": "1 2"}
 
@@ -117,7 +116,7 @@ class Benchmark:
 
     def processes(self):
         """The numbers of all that was started here and still runs; a zombie has no environment."""
-        command = f"grep -ls {self.mark} /proc/[0-9]*/environ"
+        command = f"grep -lsxz HOME={self.folder} /proc/[0-9]*/environ"
         found = subprocess.run(command, shell=True, capture_output=True, text=True).stdout
         return [int(path.split("/")[2]) for path in found.split()]
 
@@ -271,8 +270,7 @@ def test_runs_that_were_killed_go_on(benchmark):
 @pytest.mark.parametrize("moment", ["comparing", "getting"])
 def test_stop_before_the_runs(benchmark, moment):
     """Also while bash waits for a command that the signal does not reach."""
-    if moment == "comparing":
-        benchmark.add_tool("cmp", 'touch "$HOME/comparing" && sleep 1')
+    benchmark.add_tool("cmp", f'touch "$HOME/comparing" && sleep {int(moment == "comparing")}')
     process = benchmark.start(DATASETS="own/slow-v0")
     benchmark.wait_for((benchmark.folder / moment).exists)
     process.send_signal(signal.SIGINT)
@@ -347,7 +345,7 @@ def test_slurm(benchmark):
         job_env |= {"SLURM_ARRAY_TASK_ID": task, "SLURM_CPUS_PER_TASK": "2"}
         job = subprocess.run(["sh", "-c", wrapped], env=job_env, cwd=benchmark.out, capture_output=True, text=True)
         assert job.returncode == status, job.stdout + job.stderr
-        assert "2 runs into" in job.stdout and "2 at a time on 0 GPUs" in job.stdout
+        assert "2 runs into" in job.stdout and ", 2 at a time on 0 GPUs" in job.stdout
         assert "getting" not in job.stdout and "runs in /" not in job.stdout
     assert list(benchmark.starts()) == [f"AdroitHandPen-v1__my.D4RL.pen.human-v2__{seed}" for seed in (1, 13, 2, 3)]
     output = benchmark("--report", status=1, OUT="my [1] out")

@@ -159,8 +159,7 @@ def test_checkpoints_that_share_a_seed_are_told_apart(tmp_path, rows):
         write_run(tmp_path, exp_name="shared", started=seed, checkpoint=f"/a/run{seed}/best.pt", online_steps=10)
         write_run(tmp_path, (4, 5), exp_name="tuned", seed=seed, checkpoint="/a/run/best.pt", online_steps=10)
     assert rows("variant", "updates", "runs", "final") == (
-        "own checkpoint+10 2 2.0 ± 0.0, "
-        "shared checkpoint=run1/best.pt offline checkpoint 1 1.0, "
+        "own checkpoint+10 2 2.0 ± 0.0, shared checkpoint=run1/best.pt offline checkpoint 1 1.0, "
         "shared checkpoint=run1/best.pt online checkpoint+10 1 2.0, "
         "shared checkpoint=run2/best.pt offline checkpoint 1 1.0, "
         "shared checkpoint=run2/best.pt online checkpoint+10 1 2.0, "
@@ -170,14 +169,15 @@ def test_checkpoints_that_share_a_seed_are_told_apart(tmp_path, rows):
 
 def test_runs_that_only_evaluate(tmp_path, rows):
     """One checkpoint is one number, whatever the seed, also with those of an earlier file; in no row over all sets."""
-    for seed, (name, env_id) in enumerate([("a", PEN[0]), ("b", PEN[0]), ("b", PEN[0]), ("c", HAMMER[0])]):
-        run = {"checkpoint": f"/{name}/best.pt", "total_updates": 0, "seed": seed // 2, "started": seed}
-        write_run(tmp_path, (ord(name),), (env_id, None), **run)
+    for i, (exp_name, name, task) in enumerate(zip("iijjj", "abbbc", (PEN, PEN, PEN, PEN, HAMMER), strict=True)):
+        run = {"exp_name": exp_name, "checkpoint": f"/{name}/best.pt", "total_updates": 0, "seed": i // 3, "started": i}
+        write_run(tmp_path, (ord(name),), (task[0], None), **run)
     for merge in (None, tmp_path / "results.csv"):
         assert rows("data (episodes, score)", "variant", "runs", "final", "best", merge=merge) == (
-            "only evaluated iql 1 99.0 99.0, only evaluated iql checkpoint=a/best.pt 1 97.0 97.0, "
-            "only evaluated iql checkpoint=b/best.pt 1 98.0 98.0"
+            "only evaluated j 1 99.0 99.0, only evaluated i checkpoint=a/best.pt 1 97.0 97.0, "
+            "only evaluated i checkpoint=b/best.pt 1 98.0 98.0, only evaluated j 1 98.0 98.0"
         )
+        assert "Replaced" not in (tmp_path / "report.md").read_text()
 
 
 def test_runs_without_a_row_are_named(tmp_path, rows):
@@ -185,11 +185,13 @@ def test_runs_without_a_row_are_named(tmp_path, rows):
     runs = [write_run(tmp_path / folder, (1, 2, n), started=n).name for folder, n in (("runs", 30), ("", 40), ("", 50))]
     tuned = write_run(tmp_path, (1, 2, 3), started=5, offline_updates=50, online_steps=50, steps=[0, 50, 99])
     early, stopped, cut, *damaged = (write_run(tmp_path, seed=seed) for seed in range(2, 11))
+    damaged += [write_run(tmp_path, (1.0, 2.0, 3.0), started=6, offline_updates=50, online_steps=50)]
+    (damaged[6] / "evaluations.csv").write_text((damaged[6] / "evaluations.csv").read_text().replace(",3.0,", ",x,"))
     (early / "evaluations.csv").unlink()
     text = (stopped / "evaluations.csv").read_text()
     (stopped / "evaluations.csv").write_text(text.rsplit("\n", 2)[0] + "\n")
     (cut / "evaluations.csv").write_text(text[: -len("1234.5\n")])
-    contents = ["", '{"learning_rate": 0.1}', '["args"]', '{"args": {"dataset_id": 1}, "dataset": 2}']
+    contents = ["", '{"learning_rate": 0.1}', '["args"]', '{"args": {"dataset_id": "x", "exp_name": 1}, "dataset": 2}']
     for path, content in zip(damaged, contents, strict=False):
         (path / "args.json").write_text(content)
     (damaged[4] / "evaluations.csv").write_bytes(text.encode() + b"\xff\xfe")
