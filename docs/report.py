@@ -71,7 +71,7 @@ def read_run(path):
     score, dataset = "normalized_score" if unit == "normalized" else "episodic_return", run.get("dataset", {})
     common |= {f"{name}_score": float(run.get(name, {}).get(score, "nan")) for name in ("random", "dataset")}
     common |= {"unit": unit, "dataset_episodes": str(dataset.get("episodes", ""))}
-    common["author"] = ", ".join(np.atleast_1d(dataset.get("author") or []))
+    common["author"] = ", ".join(np.atleast_1d(run.get("author") or []))
     for phase, updates, rows in phases:
         result = common | {"variant": label, "phase": phase, "updates": updates}
         if done and rows:

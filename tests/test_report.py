@@ -19,7 +19,7 @@ spec.loader.exec_module(report)
 PEN, HAMMER = (("AdroitHandPen-v1", "D4RL/pen/human-v2"), ("AdroitHandHammer-v1", "D4RL/hammer/human-v2"))
 
 
-def write_run(folder, scores=(1.0, 4.0, 2.0), task=PEN, normalized=True, started=100, data=(), **args):
+def write_run(folder, scores=(1.0, 4.0, 2.0), task=PEN, normalized=True, started=100, data=(), author=None, **args):
     """The directory of a run with these scores, each of which `asked` for a length; without a dataset, it evaluates."""
     args = {"env_id": task[0], "dataset_id": task[1], "exp_name": "iql", "seed": 1, "beta": 3.0, **args}
     args = {"checkpoint": None, "max_episodes": None, "eval_episodes": 20, **args}
@@ -32,7 +32,7 @@ def write_run(folder, scores=(1.0, 4.0, 2.0), task=PEN, normalized=True, started
     measured = (
         {} if task[1] is None else {"dataset": data, "random": {"episodic_return": 1.0, "normalized_score": -3.25}}
     )
-    (path / "args.json").write_text(json.dumps({"args": args, **measured}))
+    (path / "args.json").write_text(json.dumps({"args": args, "author": author, **measured}))
     rows = []
     for step, score, length in zip(steps, scores, asked, strict=True):
         row = {"global_step": step, "total_steps" if online else "total_updates": length}
@@ -229,8 +229,8 @@ def test_figure(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
     for seed in (1, 2):
-        write_run(tmp_path, (1, 4 * seed, 2, 9 * seed), seed=seed, asked=[500, 500, 666, 1000], data={"author": ["me"]})
-    write_run(tmp_path, (1, 3, 2), HAMMER, data={"normalized_score": 44.0, "author": "you"})
+        write_run(tmp_path, (1, 4 * seed, 2, 9 * seed), seed=seed, asked=[500, 500, 666, 1000], author=["me"])
+    write_run(tmp_path, (1, 3, 2), HAMMER, data={"normalized_score": 44.0}, author="you")
     write_run(tmp_path, (1, 3, 2), HAMMER, data={"episodes": 5}, started=101)
     write_run(tmp_path, (5,), (PEN[0], None), checkpoint="a/best.pt", total_updates=0, started=200)
     report.main(tmp_path)
