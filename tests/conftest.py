@@ -3,26 +3,25 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # tests side by side would wait for each other's threads
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, and without a network that is known at once
 
-import subprocess
 import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 from processes import kill_started
-from tiny_env import write_dataset
+from tiny_env import episode, write
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
-def run_script(script, flags, cwd):
-    """Run one of the repository's scripts in `cwd`, away from the user's own datasets; returns its stdout."""
-    command = [sys.executable, ROOT / script, *flags.split()]
-    environment = {**os.environ, "MINARI_DATASETS_PATH": str(cwd / "no_datasets")}
-    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+def pytest_addoption(parser):
+    parser.addoption("--script", help="an edited copy of iql_continuous.py: runs tests/test_variant.py on it, alone")
+
+
+def pytest_ignore_collect(collection_path, config):
+    if config.getoption("--script") and collection_path.suffix == ".py":
+        return collection_path.name != "test_variant.py"
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +37,14 @@ def minari_root(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Minari wants an author, an e-mail address and more
         patch.setenv("MINARI_DATASETS_PATH", str(root))
-        write_dataset("tiny/good-v0")
-        write_dataset("tiny/other-v0", episodes=7, seed=1)
+        ends = {"terminations": np.arange(10) == 9, "truncations": np.zeros(10, bool)}
+        write("tiny/good-v0", *(episode(seed=seed, **ends) for seed in range(4)))
+        write("tiny/other-v0", *(episode(seed=seed, **ends) for seed in range(4, 11)))
         yield root
+
+
+@pytest.fixture
+def own_root(tmp_path, monkeypatch):
+    """A Minari root of the test's own."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    return tmp_path / "minari"

@@ -1,144 +1,145 @@
-"""What IQL is: the expectile, the stitching it buys, where a bootstrap ends, and that every argument counts."""
+"""What IQL is: the expectile, the stitching it buys, how networks begin and where they drop; and what scripts share."""
 
-import copy
+import ast
+import inspect
+import re
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from maze import Maze, maze_transitions
+from processes import ROOT
 
-import iql_continuous as iql
+import iql_continuous
+import iql_finetune
+
+SCRIPTS = [iql_continuous, iql_finetune]
 
 
-def expectile_by_bisection(sample, expectile):
-    """The m where expectile * E[(x - m)+] = (1 - expectile) * E[(m - x)+]."""
+@pytest.mark.parametrize("expectile", [0.1, 0.5, 0.95])
+def test_the_minimizer_of_the_expectile_loss_is_the_expectile(expectile):
+    """The m where expectile * E[(x - m)+] = (1 - expectile) * E[(m - x)+], found by bisection; the mean for 0.5."""
+    sample = np.random.default_rng(0).gamma(2.0, size=1000)
     low, high = sample.min(), sample.max()
     for _ in range(100):
         m = (low + high) / 2
         above, below = np.maximum(sample - m, 0).mean(), np.maximum(m - sample, 0).mean()
         low, high = (m, high) if expectile * above > (1 - expectile) * below else (low, m)
-    return m
-
-
-@pytest.mark.parametrize("expectile", [0.1, 0.5, 0.95])
-def test_the_minimizer_of_the_expectile_loss_is_the_expectile(expectile):
-    sample = np.random.default_rng(0).gamma(2.0, size=1000)
-    m = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [m], max_iter=100, tolerance_grad=1e-12, tolerance_change=0.0, line_search_fn="strong_wolfe"
-    )
-
-    def closure():
-        optimizer.zero_grad()
-        loss = iql.expectile_loss(torch.tensor(sample) - m, expectile)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    assert m.item() == pytest.approx(expectile_by_bisection(sample, expectile), abs=1e-5)
-    if expectile == 0.5:
-        assert m.item() == pytest.approx(sample.mean(), abs=1e-5)
+    x = torch.tensor(m, requires_grad=True)
+    iql_continuous.expectile_loss(torch.tensor(sample) - x, expectile).backward()
+    assert x.grad.item() == pytest.approx(0, abs=1e-6)
+    assert (m == pytest.approx(sample.mean())) == (expectile == 0.5)
 
 
 @pytest.mark.parametrize("expectile, episodic_return", [(0.9, 1.0), (0.5, 0.3)])
 def test_a_high_expectile_stitches_a_path_that_no_trajectory_shows(expectile, episodic_return):
     torch.manual_seed(0)
-    args = iql.Args(expectile=expectile, beta=30.0, gamma=0.9, learning_rate=1e-3, actor_dropout=0.0)
-    transitions, agent = maze_transitions(), iql.Agent(2, 2, args)
-    optimizers = iql.make_optimizers(agent, args.learning_rate)
+    args = iql_continuous.Args(expectile=expectile, beta=30.0, gamma=0.9, learning_rate=1e-3, actor_dropout=0.0)
+    transitions, agent = maze_transitions(), iql_continuous.Agent(2, 2, args)
+    optimizers = iql_continuous.make_optimizers(agent, args.learning_rate)
     for _ in range(500):
         indices = torch.randint(len(transitions["rewards"]), (64,))
-        iql.update(agent, optimizers, {name: tensor[indices] for name, tensor in transitions.items()}, args)
+        data = {name: tensor[indices] for name, tensor in transitions.items()}
+        iql_continuous.update(agent, optimizers, data, args)
     envs = gym.vector.SyncVectorEnv([lambda: gym.wrappers.TimeLimit(Maze(), 10)])
-    returns, _ = iql.evaluate(envs, agent.actor.act, episodes=1)
+    returns, _ = iql_continuous.evaluate(envs, agent.actor.act, episodes=1)
     assert returns == pytest.approx([episodic_return])
 
 
-@pytest.mark.parametrize("terminated", [False, True])
-def test_only_a_termination_cuts_the_bootstrap(terminated):
+def test_networks_begin_as_the_official_ones():
+    """Orthogonal weights with gain sqrt 2, zero biases and log_std; every network has its own, but for targets."""
+    agent = iql_continuous.Agent(7, 3, iql_continuous.Args())
+    state = {name: tensor for name, tensor in agent.state_dict().items() if "obs_" not in name}
+    matrices = {name: tensor for name, tensor in state.items() if tensor.dim() == 2}
+    assert [tuple(matrices[f"actor.{name}.weight"].shape) for name in ("fc1", "fc2", "fc_mean")] == [
+        *((256, 7), (256, 256), (3, 256))
+    ]
+    assert [tuple(matrices[f"qf1.fc{k}.weight"].shape) for k in (1, 2, 3)] == [(256, 10), (256, 256), (1, 256)]
+    for matrix in matrices.values():
+        matrix = matrix if len(matrix) <= matrix.shape[1] else matrix.T
+        torch.testing.assert_close(matrix @ matrix.T, 2 * torch.eye(len(matrix)), rtol=0, atol=1e-5)
+    assert all(not tensor.any() for name, tensor in state.items() if name not in matrices)
+    sums = {name: matrix.abs().sum().item() for name, matrix in matrices.items()}
+    assert len({*sums.values()}) == 12  # of V, the actor and two critics
+    assert all(sums[name] == sums[name.replace("_target", "")] for name in sums)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_what_a_researcher_adds_is_off_while_the_policy_acts(script):
+    """A layer is in training in update(), in its targets too, and in no other function."""
     torch.manual_seed(0)
-    agent, args = iql.Agent(3, 2, iql.Args()), iql.Args()
-    data = {name: torch.randn(8, dim) for name, dim in (("observations", 3), ("actions", 2), ("next_observations", 3))}
-    data |= {"rewards": torch.randn(8), "terminations": torch.full((8,), float(terminated))}
-    with torch.no_grad():
-        agent.vf.fc3.bias += 100.0
-        target = data["rewards"] + (0.0 if terminated else args.gamma * agent.vf(data["next_observations"]))
-        errors = [qf(data["observations"], data["actions"]) - target for qf in (agent.qf1, agent.qf2)]
-    metrics = iql.update(agent, iql.make_optimizers(agent, 0.0), data, args)
-    assert metrics["qf_loss"].item() == pytest.approx(sum((error**2).mean().item() for error in errors), rel=1e-5)
-
-
-def test_beta_zero_is_behavior_cloning():
-    torch.manual_seed(0)
-    args, transitions = iql.Args(beta=0.0, actor_dropout=0.0), maze_transitions()
-    agent = iql.Agent(2, 2, args)
-    log_prob = agent.actor.log_prob(transitions["observations"], transitions["actions"]).mean().item()
-    metrics = iql.update(agent, iql.make_optimizers(agent, 3e-4), transitions, args)
-    assert metrics["weights"].unique().tolist() == [1.0]
-    assert metrics["actor_loss"].item() == pytest.approx(-log_prob)
-
-
-@pytest.mark.parametrize("advantage, weight", [(-1000.0, 0.0), (1000.0, 100.0)])
-def test_weights_are_clipped(advantage, weight):
-    torch.manual_seed(0)
-    agent, args = iql.Agent(2, 2, iql.Args()), iql.Args(beta=3.0, max_weight=100.0)
-    agent.vf.fc3.bias.data.fill_(-advantage)  # exp(3 * 1000) would overflow
-    metrics = iql.update(agent, iql.make_optimizers(agent, 0.0), maze_transitions(), args)
-    torch.testing.assert_close(metrics["advantages"].mean().item(), advantage, rtol=0.1, atol=0.0)
-    assert metrics["weights"].unique().tolist() == [weight]
-    assert torch.isfinite(metrics["actor_loss"])
+    agent, data = script.Agent(2, 2, script.Args()), maze_transitions()
+    agent.actor.dropout = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(256))
+    optimizers = script.make_optimizers(agent, 0.01)
+    modes = []
+    for name in ("actor", "vf", "qf1", "qf2", "qf1_target", "qf2_target"):
+        getattr(agent, name).register_forward_hook(lambda module, *_: modes.append(module.training))
+    for _ in range(2):  # what acts puts it into evaluation
+        before = agent.actor.dropout[1].running_mean.clone()
+        script.update(agent, optimizers, data, script.Args())
+        assert all(modes) and not torch.equal(before, agent.actor.dropout[1].running_mean)
+        state, obs = agent.state_dict(), np.zeros((3, 2))
+        acts = [script.Actor.act] + [lambda actor, obs: script.explore(actor, obs, 0.0)] * (script is iql_finetune)
+        before, modes[:] = [tensor.clone() for tensor in state.values()], []
+        for act in acts:
+            assert (act(agent.actor, obs) == act(agent.actor, obs)[0]).all()
+        assert not any(modes) and all(map(torch.equal, before, agent.state_dict().values()))
+        modes.clear()
 
 
 def test_the_standard_deviation_stays_between_the_official_bounds():
-    actor = iql.Actor(2, 3, dropout=0.0)
+    actor = iql_continuous.Actor(2, 3, dropout=0.0)
     actor.log_std.data[:] = torch.tensor([-9.0, 1.5, 9.0])
     assert actor(torch.zeros(1, 2))[1].tolist() == [-5.0, 1.5, 2.0]
 
 
-def updated(agent=None, optimizers=None, **values):
-    """The weights after two updates from the same beginning, the critics drawn apart from their targets."""
-    torch.manual_seed(0)
-    args = iql.Args(**{"max_weight": 1.2, **values})
-    agent = agent or iql.Agent(2, 2, args)
-    optimizers = optimizers or iql.make_optimizers(agent, 0.01)
-    for _ in range(2):
-        iql.update(agent, optimizers, maze_transitions(), args)
-    return agent.state_dict()
+def definitions(script):
+    """Source text of every function, class and constant at the top level of a script."""
+    source = inspect.getsource(script)
+    texts = {}
+    for node in ast.parse(source).body:
+        names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
+        if isinstance(node, ast.Assign):
+            names = [ast.unparse(node.targets[0])]
+        decorators = [ast.get_source_segment(source, d) for d in getattr(node, "decorator_list", [])]
+        texts |= {name: (decorators, ast.get_source_segment(source, node)) for name in names}
+    return texts
 
 
-OTHERS = {"gamma": 0.5, "tau": 0.5, "expectile": 0.9, "beta": 1.0, "max_weight": 1.1, "actor_dropout": 0.0}
+def test_what_both_scripts_define_is_the_same_text_and_no_check_is_an_assert():
+    continuous, finetune = map(definitions, SCRIPTS)
+    assert continuous.keys() <= finetune.keys() and finetune.keys() - continuous.keys() == {"explore"}
+    assert {name for name in continuous if continuous[name] != finetune[name]} == {"Args", "parse_args"}
+    for script in SCRIPTS:  # python -O leaves them out
+        assert not [node for node in ast.walk(ast.parse(inspect.getsource(script))) if isinstance(node, ast.Assert)]
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_every_argument_of_update_gives_other_weights(name):
-    plain, other = updated(), updated(**{name: OTHERS[name]})
-    changed = {key.split(".")[0] for key in plain if not torch.equal(plain[key], other[key])}
-    actor_only = name in ("beta", "max_weight", "actor_dropout")
-    assert changed >= (
-        {"actor"} if actor_only else {"tau": {"vf", "qf1_target", "qf2_target"}}.get(name, {"vf", "qf1"})
+DEFAULTS = {"seed": 1, "torch_deterministic": True, "cuda": True, "cudagraphs": False, "track": False}
+DEFAULTS |= {"wandb_project_name": "iql", "env_id": "AdroitHandHammer-v1", "batch_size": 256, "learning_rate": 3e-4}
+DEFAULTS |= {"gamma": 0.99, "tau": 0.005, "beta": 3.0, "max_weight": 100.0, "actor_dropout": 0.1, "normalize_obs": True}
+DEFAULTS |= {"eval_frequency": 5000, "eval_episodes": 20, "final_episodes": 100, "eval_envs": 10}
+DEFAULTS |= {"capture_video": False}
+DEFAULTS |= dict.fromkeys("wandb_entity checkpoint resume dataset_id max_episodes reward_scale reward_shift".split())
+ONLINE = {"offline_updates": 1_000_000, "online_steps": 1_000_000, "learning_starts": 20_000, "exploration_scale": 0.3}
+
+
+def test_arguments_have_the_defaults_that_the_documentation_gives():
+    continuous, finetune = (script.Args() for script in SCRIPTS)
+    own = {"exp_name": "iql_continuous", "total_updates": 1_000_000, "expectile": 0.7}
+    assert vars(continuous) == {**DEFAULTS, **own}
+    assert vars(finetune) == {**DEFAULTS, **ONLINE, "anneal_lr": True, "exp_name": "iql_finetune", "expectile": 0.8}
+    details = (ROOT / "docs" / "details.md").read_text()
+    _, offline, online, *_ = details.split("\n**Different while ")
+    assert (
+        f"| {finetune.expectile:g}, {finetune.beta:g} |" in online and f"expectile {continuous.expectile:g}" in details
     )
-    assert not actor_only or changed == {"actor"}
-
-
-def test_targets_start_as_copies_and_each_follows_its_network():
-    torch.manual_seed(1)
-    args = iql.Args(tau=0.25)
-    agent = iql.Agent(2, 2, args)
-    assert not torch.equal(agent.qf1.fc1.weight, agent.qf2.fc1.weight)
-    before = copy.deepcopy(agent)
-    for name in ("qf1", "qf2"):
-        for a, b in zip(getattr(agent, name).parameters(), getattr(agent, f"{name}_target").parameters(), strict=True):
-            assert torch.equal(a, b)
-    iql.update(agent, iql.make_optimizers(agent, 0.01), maze_transitions(), args)
-    for name in ("qf1", "qf2"):
-        networks = (getattr(before, f"{name}_target"), getattr(agent, name), getattr(agent, f"{name}_target"))
-        for old, new, target in zip(*(network.parameters() for network in networks), strict=True):
-            torch.testing.assert_close(target, 0.75 * old + 0.25 * new)
-
-
-def test_another_optimizer_does_not_take_the_place_of_one():
-    agent = iql.Agent(2, 2, iql.Args())
-    optimizers = [torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))]), *iql.make_optimizers(agent, 0.01)]
-    with pytest.raises(ValueError, match="unpack"):
-        updated(agent, optimizers)
+    rows = 0
+    for args, text in ((continuous, offline), (finetune, online.split("\n## ")[0])):
+        for line in re.findall(r"^\|.*", text, re.MULTILINE):
+            for flag in re.findall(r"`--([a-z-]+)`", line):
+                value = vars(args).get(flag.replace("-", "_"))
+                if type(value) in (int, float):
+                    rows += 1
+                    assert re.search(rf"(?<![\d.]){value:g}(?!\.?\d)", line.replace(",", "")), (flag, value, line)
+    assert rows >= 3

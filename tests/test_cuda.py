@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from processes import ROOT, finish, start
 
 import iql_continuous
 
@@ -52,12 +52,13 @@ def test_every_call_of_a_captured_step_does_its_work_once(stand_ins):
 
 
 FLAGS = "--env-id AdroitHandPen-v1 --dataset-id bundled/pen/demos-v0 --eval-episodes 2 --final-episodes 2"
-LENGTH = {"iql_continuous.py": "--total-updates", "iql_finetune.py": "--online-steps 0 --offline-updates"}
+LENGTH = {"iql_continuous": "--total-updates", "iql_finetune": "--online-steps 0 --offline-updates"}
 
 
 def trained(script, flags, folder, name):
     """The run directory of a short run."""
-    run_script(script, f"{FLAGS} {flags} --exp-name {name}", folder)
+    done = finish(start(script, folder, f"{FLAGS} {flags} --exp-name {name}", tiny=False))
+    assert done.returncode == 0, done.stderr
     (path,) = folder.glob(f"runs/*__{name}__*")
     return path
 
@@ -73,17 +74,11 @@ def test_a_captured_run_has_the_bits_of_a_plain_one_resumed_or_not(script, tmp_p
     captured = weights(trained(script, f"{LENGTH[script]} 60 --cudagraphs", tmp_path, "captured"))
     # one that stops after its checkpoint at 30 updates
     (tmp_path / "tests").symlink_to(ROOT / "tests")
-    text, place = (ROOT / script).read_text(), "        # losses: here"
-    (tmp_path / script).write_text(
-        text.replace(place, f"        if global_step > 30:\n            sys.exit()\n{place}")
-    )
-    run_dir = trained(tmp_path / script, f"{LENGTH[script]} 60 --cudagraphs --eval-frequency 30", tmp_path, "resumed")
+    text, place = (ROOT / f"{script}.py").read_text(), "        # losses: here"
+    path = tmp_path / f"{script}.py"
+    path.write_text(text.replace(place, f"        if global_step > 30:\n            sys.exit()\n{place}"))
+    run_dir = trained(path, f"{LENGTH[script]} 60 --cudagraphs --eval-frequency 30", tmp_path, "resumed")
     assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["global_step"] == 30
-    run_script(script, f"--resume {run_dir}", tmp_path)
+    assert finish(start(script, tmp_path, f"--resume {run_dir}", tiny=False)).returncode == 0
     for found in (captured, weights(run_dir)):
         assert all(torch.equal(plain[name], tensor) for name, tensor in found.items())
-
-
-def test_the_update_benchmark_runs(tmp_path):
-    printed = run_script(ROOT / "tests" / "benchmark_updates.py", "--turns 1 --steps 1", tmp_path)
-    assert printed.count("of the bound") == 3

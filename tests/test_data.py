@@ -6,45 +6,25 @@ import os
 import pickle
 import runpy
 import shutil
-import signal
+import subprocess
 import sys
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import gymnasium as gym
 import minari
 import numpy as np
-import odd_env
 import pytest
+import tiny_env
 import torch
-from minari.data_collector import EpisodeBuffer
-from processes import ROOT, SCRIPTS, TINY, assert_refused, finish, run, run_dir, saved_by, start
-from tiny_env import ACTIONS, OBSERVATIONS
+from processes import ROOT, SCRIPTS, refused, run, run_dir, saved_by
+from tiny_env import ACTIONS, OBSERVATIONS, UNFIT_ACTIONS, Parts, episode, write
 
 import iql_continuous as iql
 import iql_finetune
 
-SCRIPT = {"iql_continuous": iql, "iql_finetune": iql_finetune}
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Minari wants an author, an e-mail address and more
-
-
-@pytest.fixture
-def root(tmp_path, monkeypatch):
-    """A Minari root of the test's own."""
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    return tmp_path / "minari"
-
-
-def episode(steps=10, **arrays):
-    """An episode as Tiny-v0 has them, but for these `arrays`."""
-    rng, last = np.random.default_rng(0), np.arange(steps) == steps - 1
-    observations = rng.normal(size=(steps + 1, 3)).astype(np.float32)
-    good = {"observations": observations, "actions": np.zeros((steps, 2)), "rewards": np.ones(steps)}
-    return EpisodeBuffer(**{**good, "terminations": last & False, "truncations": last, **arrays})
-
-
-def write(*episodes, dataset_id="odd/set-v0", observation_space=OBSERVATIONS, action_space=ACTIONS, **more):
-    spaces = {"observation_space": observation_space, "action_space": action_space}
-    return minari.create_dataset_from_buffers(dataset_id, list(episodes), **spaces, **more)
+by_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
 def tiny():
@@ -61,16 +41,10 @@ def test_actions_reach_the_environments_own_bounds():
         np.testing.assert_allclose(10 * (after - before)[:2], own, atol=1e-5)  # Tiny's point moves so
 
 
-UNFIT = {
-    "Endless": "no time limit",
-    **dict.fromkeys(["MatrixAction", "IntAction", "ZeroWidth"], "-v0 has actions in Box"),
-}
-UNFIT["DiscreteAction"] = r"DiscreteAction-v0 has actions in Discrete\(3\)"
-
-
-@pytest.mark.parametrize("kind", UNFIT)
+@pytest.mark.parametrize("kind", [*UNFIT_ACTIONS, "Endless"])
 def test_an_environment_that_does_not_do_is_refused(kind):
-    with pytest.raises(ValueError, match=UNFIT[kind]):
+    telling = f"-v0 has actions in {'Discrete' if kind == 'Discrete' else 'Box'}"
+    with pytest.raises(ValueError, match="no time limit" if kind == "Endless" else telling):
         iql.make_env(f"tiny_env:{kind}-v0")()
 
 
@@ -79,7 +53,7 @@ def test_an_environment_that_does_not_do_is_refused(kind):
 def test_an_evaluation_counts_each_episode_to_its_end_and_no_further(vector, num_envs):
     """With as many environments as one likes, which end at different steps and do not all report successes."""
     for reports in (True, False):
-        envs = vector([lambda: odd_env.Staircase(reports)] * num_envs)  # noqa: B023
+        envs = vector([lambda: tiny_env.Staircase(reports)] * num_envs)  # noqa: B023
         returns, successes = iql.evaluate(envs, lambda obs: np.zeros((len(obs), 1), np.float32), episodes=7)
         envs.close()
         lengths = [1, 2, 3, 4, 5, 1, 2]
@@ -88,7 +62,7 @@ def test_an_evaluation_counts_each_episode_to_its_end_and_no_further(vector, num
 
 
 # WHAT IS READ
-def test_transitions_never_cross_an_episode_and_truncations_are_no_terminations(root):
+def test_transitions_never_cross_an_episode_and_truncations_are_no_terminations(own_root):
     """Returns are of the time limit's ten steps."""
     T, episodes = 12, []
     for k, terminated in enumerate((True, False, True)):
@@ -96,7 +70,7 @@ def test_transitions_never_cross_an_episode_and_truncations_are_no_terminations(
         arrays = {"observations": np.stack([count, -count, count], 1).astype(np.float32), "rewards": count[:-1]}
         arrays |= {"terminations": last & terminated, "truncations": last & (not terminated)}
         episodes.append(episode(T, **arrays))
-    transitions, returns = iql.load_transitions(write(*episodes), tiny(), max_episodes=2)
+    transitions, returns = iql.load_transitions(write("odd/set-v0", *episodes), tiny(), max_episodes=2)
     count = np.array([*range(12), *range(100, 112)])
     assert (transitions["observations"] == np.stack([count, -count, count], 1)).all()
     assert (transitions["next_observations"] == np.stack([count + 1, -count - 1, count + 1], 1)).all()
@@ -107,33 +81,72 @@ def test_transitions_never_cross_an_episode_and_truncations_are_no_terminations(
     assert all(column.dtype == np.float64 for column in transitions.values())
 
 
-def test_actions_are_read_in_the_unit_that_they_were_recorded_in(root):
+def test_actions_are_read_in_the_unit_that_they_were_recorded_in(own_root):
     """Tiny-v0 takes [-2, 0] to [2, 1]; a wrapper around it may take others."""
     bound = 1 - 1e-5  # the official code's
     for name, space in (("own", ACTIONS), ("rescaled", gym.spaces.Box(-1, 1, (2,)))):
         low, high = space.low, space.high
         actions = np.array([low, high, (low + high) / 2, 0.25 * low + 0.75 * high, high + 1, low - 1])
-        dataset = write(episode(6, actions=actions), dataset_id=f"odd/{name}-v0", action_space=space)
+        dataset = write(f"odd/{name}-v0", episode(6, actions=actions), action_space=space)
         transitions, _ = iql.load_transitions(dataset, tiny())
         read = np.array([-bound, bound, 0, 0.5, bound, -bound])
         np.testing.assert_allclose(transitions["actions"], np.stack([read, read], 1), rtol=0, atol=1e-7)
 
 
-def test_an_image_and_a_dict_are_flattened_as_the_environment_flattens_them(root):
+def test_an_image_and_a_dict_are_flattened_as_the_environment_flattens_them(own_root):
     for kind in ("Parts", "Image"):
-        env = iql.make_env(f"odd_env:{kind}-v0")()
+        env = iql.make_env(f"tiny_env:{kind}-v0")()
         own, _ = env.unwrapped.reset()
         flat, _ = env.reset(seed=0)
         assert flat.tolist() == ([1, 2, 3, 4, 5] if kind == "Parts" else list(range(200, 248)))
         parts = {name: np.stack(4 * [part]) for name, part in own.items()} if kind == "Parts" else np.stack(4 * [own])
         space = env.unwrapped.observation_space
-        dataset = write(episode(3, observations=parts), dataset_id=f"odd/{kind}-v0", observation_space=space)
+        dataset = write(f"odd/{kind}-v0", episode(3, observations=parts), observation_space=space)
         transitions, _ = iql.load_transitions(dataset, env)
         assert transitions["observations"].tolist() == transitions["next_observations"].tolist() == 3 * [flat.tolist()]
 
 
-def test_data_of_another_environment_are_warned_of(root, capsys):
-    dataset = write(episode(), env=gym.spec("Ending-v0"))
+def pen_episode(heights, **arrays):
+    """An episode of pen in which the pen is this high, its steps worth 1, 2, 3..."""
+    observations = np.random.default_rng(len(heights)).normal(size=(len(heights), 45))
+    observations[:, 26], steps = heights, len(heights) - 1
+    actions, last = np.zeros((steps, 24), np.float32), np.arange(steps) == steps - 1
+    rest = {"actions": actions, "rewards": 1.0 + np.arange(steps), "terminations": last & False, "truncations": last}
+    return tiny_env.EpisodeBuffer(observations=observations, **{**rest, **arrays})
+
+
+def test_an_episode_of_pen_ends_where_d4rl_ends_it_as_a_termination(own_root):
+    """What follows is left out, of the score too, and an episode that begins on the ground altogether."""
+    high, ground, limit, env = 0.2, 0.074, 0.075, iql.make_env("AdroitHandPen-v1")()
+    box = gym.spaces.Box(-np.inf, np.inf, (45,), np.float64), env.action_space
+    spaces = dict(zip(("observation_space", "action_space"), box, strict=True))
+    dropped = pen_episode([high, limit, high, ground, ground, high])
+    episodes = [dropped, pen_episode([ground, ground, high]), pen_episode([high, high, limit])]
+    episodes.append(pen_episode([high, high, ground], terminations=np.array([False, True])))
+    dataset = write("odd/pen-v0", *episodes, **spaces)
+    transitions, returns = iql.load_transitions(dataset, env)
+    assert returns.tolist() == [6, 3, 3] and transitions["rewards"].tolist() == [1, 2, 3, 1, 2, 1, 2]
+    assert transitions["terminations"].tolist() == [0, 0, 1, 0, 0, 0, 1]
+    seen = np.concatenate([e.observations for k, e in enumerate(dataset.iterate_episodes()) if k != 1])
+    assert (transitions["observations"] == seen[[0, 1, 2, 6, 7, 9, 10]]).all()
+    assert (transitions["next_observations"] == seen[[1, 2, 3, 7, 8, 10, 11]]).all()
+    assert len(iql.load_transitions(dataset, env, max_episodes=2)[1]) == 1
+    # sets that follow the rule stay as they are, and so does what is no pen
+    bundled = iql.load_dataset("AdroitHandPen-v1", "bundled/pen/demos-v0")
+    transitions, returns = iql.load_transitions(bundled, env)
+    everything = list(bundled.iterate_episodes())
+    assert len(returns) == 25 == len(everything) and len(transitions["rewards"]) == bundled.total_steps
+    assert (transitions["terminations"] == np.concatenate([e.terminations for e in everything])).all()
+    gym.register("NoPen-v0", entry_point=lambda: tiny_env.Tiny(*box), max_episode_steps=10)
+    transitions, returns = iql.load_transitions(dataset, iql.make_env("NoPen-v0")())
+    assert returns.tolist() == [15, 3, 3, 3] and transitions["terminations"].sum() == 1
+    dataset = write("odd/ground-v0", *2 * [pen_episode([ground, high])], **spaces)
+    with pytest.raises(SystemExit, match="^odd/ground-v0 holds no episode: use another dataset"):
+        iql.load_transitions(dataset, env)
+
+
+def test_data_of_another_environment_are_warned_of(own_root, capsys):
+    dataset = write("odd/set-v0", episode(), env=gym.spec("Ending-v0"))
     iql.load_transitions(dataset, iql.make_env("tiny_env:Ending-v0")())
     assert "WARNING" not in capsys.readouterr().err
     iql.load_transitions(dataset, tiny())
@@ -145,10 +158,8 @@ def test_data_of_another_environment_are_warned_of(root, capsys):
     assert f"Ending-v0, {plain}, and not in Ending-v0, kwargs " + '{"action_space": "Box(' in capsys.readouterr().err
 
 
-def test_the_dataset_that_is_read_is_the_one_that_is_named(root, monkeypatch, capsys):
-    monkeypatch.setattr(
-        minari, "download_dataset", there := Mock(side_effect=lambda name: write(episode(), dataset_id=name))
-    )
+def test_the_dataset_that_is_read_is_the_one_that_is_named(own_root, monkeypatch, capsys):
+    monkeypatch.setattr(minari, "download_dataset", there := Mock(side_effect=lambda name: write(name, episode())))
     for _ in range(2):  # downloaded once
         assert iql.load_dataset("AdroitHandPen-v1").id == "D4RL/pen/expert-v2"
     assert iql.load_dataset("AdroitHandPen-v1", "bundled/hammer/demos-v0").id == "bundled/hammer/demos-v0"
@@ -167,7 +178,7 @@ def test_the_dataset_that_is_read_is_the_one_that_is_named(root, monkeypatch, ca
         iql.load_dataset("Tiny-v0")
 
 
-def test_the_bundled_sets_are_found_through_a_link_and_missed_where_a_script_is_alone(root, tmp_path):
+def test_the_bundled_sets_are_found_through_a_link_and_missed_where_a_script_is_alone(own_root, tmp_path):
     (tmp_path / "linked.py").symlink_to(ROOT / "iql_continuous.py")
     shutil.copy(ROOT / "iql_continuous.py", tmp_path / "alone.py")
     linked, alone = (runpy.run_path(tmp_path / f"{name}.py")["load_dataset"] for name in ("linked", "alone"))
@@ -195,24 +206,24 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("how", BROKEN)
-def test_a_broken_dataset_is_named_and_nobody_is_told_to_delete_it(how, root):
+def test_a_broken_dataset_is_named_and_nobody_is_told_to_delete_it(how, own_root):
     """Another process may be downloading it."""
     change, telling = BROKEN[how]
-    write(episode())
-    change(root / "odd" / "set-v0" / "data")
+    write("odd/set-v0", episode())
+    change(own_root / "odd" / "set-v0" / "data")
     with pytest.raises(SystemExit, match=f"^odd/set-v0 cannot be .*{telling}") as error:
         iql.load_transitions(iql.load_dataset("Tiny-v0", "odd/set-v0"), tiny())
     assert "delete" not in str(error.value)
 
 
-def test_nothing_else_is_to_be_deleted(root, monkeypatch):
+def test_nothing_else_is_to_be_deleted(own_root, monkeypatch):
     """Not what somebody else writes at the moment, what needs another package, and what may not be read."""
-    write(episode())
-    with open(root / "odd" / "set-v0" / "data" / "main_data.hdf5") as file:
+    write("odd/set-v0", episode())
+    with open(own_root / "odd" / "set-v0" / "data" / "main_data.hdf5") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # as HDF5 does
         with pytest.raises(SystemExit, match="^odd/set-v0 cannot be read: .*lock"):
             iql.load_transitions(iql.load_dataset("Tiny-v0", "odd/set-v0"), tiny())
-    edit(root / "odd" / "set-v0" / "data", data_format="arrow")
+    edit(own_root / "odd" / "set-v0" / "data", data_format="arrow")
     monkeypatch.setitem(sys.modules, "pyarrow", None)  # not installed
     with pytest.raises(ImportError, match="pip install"):
         iql.load_dataset("Tiny-v0", "odd/set-v0")
@@ -222,10 +233,10 @@ def test_nothing_else_is_to_be_deleted(root, monkeypatch):
 
 
 @pytest.mark.parametrize("dataset_id", ["odd", "{root}", "bundled/pen"])
-def test_a_folder_that_is_no_dataset_is_not_to_be_deleted(dataset_id, root):
-    write(episode())
+def test_a_folder_that_is_no_dataset_is_not_to_be_deleted(dataset_id, own_root):
+    write("odd/set-v0", episode())
     with pytest.raises(SystemExit) as error:
-        iql.load_dataset("Tiny-v0", dataset_id.format(root=root))
+        iql.load_dataset("Tiny-v0", dataset_id.format(root=own_root))
     assert "delete" not in str(error.value)
 
 
@@ -233,9 +244,9 @@ OF_OTHER_SHAPES = [("observations", (11, 4)), ("observations", (10, 3)), ("actio
 OF_OTHER_SHAPES += [("actions", (10,)), ("rewards", (10, 1)), ("terminations", (11,))]
 
 
-def test_a_dataset_that_does_not_fit_is_refused(root):
+def test_a_dataset_that_does_not_fit_is_refused(own_root):
     for k, (name, shape) in enumerate(OF_OTHER_SHAPES):
-        dataset = write(episode(), episode(**{name: np.zeros(shape, np.float32)}), dataset_id=f"odd/misfit-v{k}")
+        dataset = write(f"odd/misfit-v{k}", episode(), episode(**{name: np.zeros(shape, np.float32)}))
         with pytest.raises(SystemExit) as error:
             iql.load_transitions(dataset, tiny())
         assert f"odd/misfit-v{k} does not fit Tiny-v0" in str(error.value) and str(shape) in str(error.value)
@@ -243,14 +254,40 @@ def test_a_dataset_that_does_not_fit_is_refused(root):
 
 @pytest.mark.parametrize(
     ("env_id", "keys", "steps"),
-    [("tiny_env:Tiny", "za", 11), ("odd_env:Parts", "z", 11), ("odd_env:Parts", "za", 10)],
+    [("tiny_env:Tiny", "za", 11), ("tiny_env:Parts", "z", 11), ("tiny_env:Parts", "za", 10)],
 )
-def test_a_dict_that_does_not_fit_is_refused(env_id, keys, steps, root):
-    space = gym.spaces.Dict({key: odd_env.Parts.observation_space[key] for key in keys})
+def test_a_dict_that_does_not_fit_is_refused(env_id, keys, steps, own_root):
+    space = gym.spaces.Dict({key: Parts.observation_space[key] for key in keys})
     parts = {key: np.zeros((steps, *part.shape), np.float32) for key, part in space.items()}
-    dataset = write(episode(observations=parts), observation_space=space)
+    dataset = write("odd/set-v0", episode(observations=parts), observation_space=space)
     with pytest.raises(SystemExit, match="odd/set-v0 does not fit"):
         iql.load_transitions(dataset, iql.make_env(f"{env_id}-v0")())
+
+
+UNREADABLE = [gym.spaces.Discrete(3), gym.spaces.MultiBinary(3), gym.spaces.Tuple([OBSERVATIONS])]
+UNREADABLE += [gym.spaces.Dict(z=OBSERVATIONS, a=gym.spaces.Dict(b=OBSERVATIONS))]
+
+
+def test_a_dataset_in_other_spaces_is_refused(own_root):
+    told = "only a Box or a Dict of them can be read"
+    cases = [({"observation_space": space}, told) for space in UNREADABLE]
+    cases += [({"action_space": space}, told) for space in [*UNREADABLE, gym.spaces.Dict(a=ACTIONS)]]
+    bounds = ([-np.inf, 0], [2, 1]), ([-2, 0], [2, np.inf]), ([-2, 0], [2, 0]), ([-2, -3e38], [2, 3e38])
+    unbounded = [{"action_space": tiny_env.box(*pair)} for pair in bounds]
+    cases += [(spaces, "has actions in Box.*use a dataset with finite bounds") for spaces in unbounded]
+    good = write("odd/set-v0", episode())
+    for spaces, telling in cases:
+        odd = SimpleNamespace(id="odd/set-v0", env_spec=None, total_episodes=1, iterate_episodes=good.iterate_episodes)
+        odd.observation_space, odd.action_space = OBSERVATIONS, ACTIONS
+        vars(odd).update(spaces)
+        if spaces == {"action_space": tiny_env.box(*bounds[3])}:  # wider than a float32, and yet finite
+            assert np.isfinite(iql.load_transitions(odd, tiny())[0]["actions"]).all()
+            continue
+        with pytest.raises(SystemExit, match=f"^odd/set-v0 .*{telling}"):
+            iql.load_transitions(odd, tiny())
+    good.iterate_episodes = lambda *_: []
+    with pytest.raises(SystemExit, match="^odd/set-v0 holds no episode: use another dataset"):
+        iql.load_transitions(good, tiny())
 
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -258,45 +295,12 @@ UNFINITE = [("observations", -2, NAN), ("next_observations", -1, INFINITY), ("re
 
 
 @pytest.mark.parametrize("name, place, value", [*UNFINITE, ("actions", 0, INFINITY)])
-def test_a_dataset_that_is_not_finite_is_refused(name, place, value, root):
+def test_a_dataset_that_is_not_finite_is_refused(name, place, value, own_root):
     wrong = episode()
     getattr(wrong, name.removeprefix("next_"))[place] = value
-    dataset = write(episode(), wrong)
+    dataset = write("odd/set-v0", episode(), wrong)
     with pytest.raises(SystemExit, match=f"odd/set-v0 holds NaN or infinity in its {name}"):
         iql.load_transitions(dataset, tiny())
-
-
-LENGTH = {"iql_continuous": "--total-updates 10"}
-LENGTH["iql_finetune"] = "--offline-updates 10 --online-steps 20 --learning-starts 10"
-
-
-@pytest.fixture(scope="module")
-def finished(minari_root, tmp_path_factory):
-    """The run directory of each script, on a set with large numbers, one that never changes, and scores of its own."""
-    observations = np.random.default_rng(1).normal(1e6, 10, (31, 3)).astype(np.float32)
-    observations[:, 2] = 0.5
-    dataset = write(episode(30, observations=observations), dataset_id="odd/scored-v0")
-    dataset.storage.update_metadata({"ref_min_score": -10.0, "ref_max_score": 50.0})
-    folders = {script: tmp_path_factory.mktemp(script) for script in SCRIPTS}
-    for script, folder in folders.items():
-        run(script, folder, f"{LENGTH[script]} --dataset-id odd/scored-v0")
-    return {script: run_dir(folder) for script, folder in folders.items()}
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_run_standardizes_what_varies_and_scores_by_the_datasets_own_reference(script, finished, tmp_path):
-    obs = next(minari.load_dataset("odd/scored-v0").iterate_episodes()).observations[:-1].astype(np.float64)
-    saved = torch.load(finished[script] / "checkpoint.pt", weights_only=True)
-    np.testing.assert_allclose(saved["agent"]["actor.obs_mean"], obs.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(saved["agent"]["actor.obs_std"], [*(obs.std(0)[:2] + 1e-3), 1], rtol=1e-9)
-    measured = json.loads((finished[script] / "args.json").read_text())
-    assert measured["dataset"]["episodic_return"] == 10  # of 30 steps
-    rows = [measured["dataset"], measured["random"], *saved["evaluations"]]
-    if script == "iql_continuous":
-        run(script, tmp_path, f"--checkpoint {finished[script]}/best.pt --total-updates 0 --dataset-id None")
-        rows += saved_by(tmp_path)["evaluations"]  # without the dataset
-    for row in rows:
-        assert row["normalized_score"] == pytest.approx(100 * (row["episodic_return"] + 10) / 60)
 
 
 class Hostile:
@@ -306,8 +310,9 @@ class Hostile:
         return os.system, ("touch executed",)
 
 
-def test_a_checkpoint_that_does_not_do_is_refused_and_nothing_in_it_is_executed(finished, monkeypatch, tmp_path):
-    good, path = finished["iql_continuous"] / "checkpoint.pt", tmp_path / "bad.pt"
+def test_a_checkpoint_that_does_not_do_is_refused_and_nothing_in_it_is_executed(monkeypatch, tmp_path):
+    run("iql_continuous", tmp_path, "--total-updates 0")
+    good, path = run_dir(tmp_path) / "checkpoint.pt", tmp_path / "bad.pt"
     data = good.read_bytes()
     flipped, deflated = bytearray(data), bytearray(data)
     flipped[len(data) // 2] ^= 1  # within the weights
@@ -326,6 +331,32 @@ def test_a_checkpoint_that_does_not_do_is_refused_and_nothing_in_it_is_executed(
     assert not any((tmp_path / "here").iterdir())
 
 
+# BY WHOLE RUNS
+NOTHING = {"iql_continuous": "--total-updates 0", "iql_finetune": "--offline-updates 0 --online-steps 0"}
+
+
+@by_script
+def test_a_run_standardizes_what_varies_and_scores_by_the_datasets_own_reference(script, own_root, tmp_path):
+    """On a set with large numbers and one that never changes, of 30 steps where the environment has 10."""
+    observations = np.random.default_rng(1).normal(1e6, 10, (31, 3)).astype(np.float32)
+    observations[:, 2] = 0.5
+    dataset = write("odd/scored-v0", episode(30, observations=observations, rewards=np.ones(30)))
+    dataset.storage.update_metadata({"ref_min_score": -10.0, "ref_max_score": 50.0})
+    run(script, tmp_path / "run", f"{NOTHING[script]} --dataset-id odd/scored-v0 --reward-scale 3")
+    saved, obs = saved_by(tmp_path / "run"), observations[:-1].astype(np.float64)
+    np.testing.assert_allclose(saved["agent"]["actor.obs_mean"], obs.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(saved["agent"]["actor.obs_std"], [*(obs.std(0)[:2] + 1e-3), 1], rtol=1e-9)
+    measured = json.loads((run_dir(tmp_path / "run") / "args.json").read_text())
+    assert measured["dataset"]["episodic_return"] == 10
+    rows = [measured["dataset"], measured["random"], *saved["evaluations"]]
+    if script == "iql_continuous":  # without the dataset
+        flags = f"--checkpoint {run_dir(tmp_path / 'run')}/best.pt --total-updates 0 --dataset-id None"
+        run(script, tmp_path / "evaluated", flags)
+        rows += saved_by(tmp_path / "evaluated")["evaluations"]
+    for row in rows:
+        assert row["normalized_score"] == pytest.approx(100 * (row["episodic_return"] + 10) / 60)
+
+
 OUT_OF_RANGE = {
     "at least 1": "batch_size=0 eval_frequency=0 eval_episodes=0 final_episodes=0 eval_envs=0",
     "episodes and environments": "max_episodes=0 max_episodes=-1",
@@ -335,129 +366,68 @@ OUT_OF_RANGE = {
 }
 LENGTHS = {iql: "total_updates=-1"}
 LENGTHS[iql_finetune] = "offline_updates=-1 online_steps=-1 learning_starts=-1 exploration_scale=-1"
+FITTING = "gamma=0 gamma=1 tau=0 tau=1 actor_dropout=0 beta=0 max_weight=0 max_episodes=1 batch_size=1"
 
 
 @pytest.mark.parametrize("script", LENGTHS, ids=SCRIPTS)
-def test_an_argument_out_of_range_is_refused(script):
+def test_an_argument_out_of_range_is_refused(script, tmp_path, capsys):
     for telling, arguments in [*OUT_OF_RANGE.items(), ("at least 0", LENGTHS[script])]:
         for argument in arguments.split():
             name, value = argument.split("=")
             with pytest.raises(ValueError, match=telling):
                 script.Args(**{name: float(value)})
+    for argument in f"{FITTING} {LENGTHS[script].replace('-1', '0')}".split():
+        name, value = argument.split("=")
+        script.Args(**{name: float(value)})
+    assert refused("2", script.__name__, tmp_path, "--actor-dropout 1") == 2  # tyro's status
+    assert "--actor-dropout must lie between" in " ".join(capsys.readouterr().err.split())
+    if script is iql_finetune:
+        for steps in (1, 10):
+            flags = f"--online-steps {steps} --learning-starts 10"
+            refused("--online-steps must be more than --learning-starts, or 0.", "iql_finetune", tmp_path, flags)
+    assert not any(tmp_path.iterdir())
 
 
-@pytest.fixture
-def ending(monkeypatch, tmp_path):
-    """Runs a script in this process and without others; returns what it ends with, None if that is its good end."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(gym.vector, "AsyncVectorEnv", gym.vector.SyncVectorEnv)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *_: None)
-
-    def run_here(path, arguments):
-        monkeypatch.setattr(sys, "argv", [str(path), *arguments.split()])
-        try:
-            runpy.run_path(str(path), run_name="__main__")
-        except (SystemExit, NameError) as error:
-            return str(error)
-
-    return run_here
-
-
-FREE = "resume eval_frequency final_episodes eval_envs capture_video track wandb_project_name wandb_entity".split()
-
-
-def other_values(script):
-    """A flag for each argument with another value than that of the tiny run."""
-    for name, value in vars(script.Args()).items():
-        if isinstance(value, bool):
-            yield name, f"--{'no-' if value else ''}{name.replace('_', '-')}"
-        else:
-            other = {"expectile": 0.6, "gamma": 0.5, "tau": 0.5, "actor_dropout": 0.5, "seed": 99}.get(name, 7)
-            yield name, f"--{name.replace('_', '-')} {'another' if isinstance(value, str) or name in TEXTS else other}"
-
-
-TEXTS = "wandb_entity checkpoint dataset_id".split()
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_what_would_make_another_run_is_refused(script, finished, ending, tmp_path, capsys):
-    copied = shutil.copytree(finished[script], tmp_path / "copied")
-    path, length = (
-        ROOT / f"{script}.py",
-        {"iql_continuous": "--total-updates", "iql_finetune": "--online-steps"}[script],
-    )
-    before = {file: file.read_bytes() for file in copied.iterdir()}
-    for name, flag in other_values(SCRIPT[script]):
-        # a finished run takes nothing anew, a longer one what does not change what is learned
-        if name not in ("resume", "cuda", "total_updates", "online_steps"):
-            assert f"{copied} takes no other {name} at step" in ending(path, f"--resume {copied} {flag}"), flag
-            if name not in FREE:
-                longer = f"--resume {copied} {length} 60 {flag}"
-                assert f"takes no other {name} at step" in ending(path, longer), flag
-    assert f"takes no other {length[2:].replace('-', '_')}" in ending(path, f"--resume {copied} {length} 5")
-    assert ending(path, f"--resume {copied}") == "" and "is finished: global_step=" in capsys.readouterr().out
-    (other,) = set(SCRIPTS) - {script}
-    assert "of another script" in ending(path, f"--resume {finished[other]}")
-    assert "nowhere/checkpoint.pt is missing" in ending(path, "--resume nowhere")
-    assert ending(path, "--expectile 2") == "2"  # tyro's status
-    assert "--actor-dropout must lie" in capsys.readouterr().err
-    wide = f"--checkpoint {copied}/best.pt --no-cuda --env-id tiny_env:Wide-v0"
-    assert "tiny_env:Tiny-v0, not of tiny_env:Wide-v0" in ending(path, wide)
-    assert before == {file: file.read_bytes() for file in copied.iterdir()}
-    state, longer = torch.load(finished[script] / "checkpoint.pt", weights_only=True), f"{length} 60"
-    for changed, telling in (({"cuda": True}, "another device"), ({"dataset_id": "tiny/other-v0"}, "has changed")):
-        torch.save({**state, "args": {**state["args"], **changed}}, copied / "checkpoint.pt")
-        assert telling in ending(path, f"--resume {copied} {longer}")
-    torch.save({name: value for name, value in state.items() if name != "fingerprint"}, copied / "checkpoint.pt")
-    assert "of another script or version" in ending(path, f"--resume {copied} {longer}")
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
+@by_script
 @pytest.mark.parametrize("place", ["def load_transitions(", "def update("])
-def test_a_researchers_own_mistake_keeps_its_name(script, place, ending, tmp_path):
+def test_a_researchers_own_mistake_keeps_its_name(script, place, tmp_path):
     text = (ROOT / f"{script}.py").read_text()
     begin = text.index('"""\n', text.index('"""', text.index(place)) + 3) + 4
     (tmp_path / f"{script}.py").write_text(text[:begin] + "    undefined_name\n" + text[begin:])
-    assert ending(tmp_path / f"{script}.py", f"{TINY} {LENGTH[script]}") == "name 'undefined_name' is not defined"
+    with pytest.raises(NameError, match="name 'undefined_name' is not defined"):
+        run(tmp_path / f"{script}.py", tmp_path)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_without_cuda_nothing_asks_cuda(script, ending, monkeypatch):
+@by_script
+def test_without_cuda_nothing_asks_cuda_and_an_environments_error_keeps_its_traceback(script, tmp_path, monkeypatch):
     def poison():
         assert sys._getframe(1).f_globals["__name__"] != "__main__", "the script asked CUDA"  # PyTorch itself may
         return False
 
     monkeypatch.setattr(torch.cuda, "is_available", poison)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: pytest.fail("the script used CUDA"))
-    assert ending(ROOT / f"{script}.py", f"{TINY} {LENGTH[script]}") is None
+    run(script, tmp_path / "run", NOTHING[script])
+    monkeypatch.setattr(tiny_env.Tiny, "step", Mock(side_effect=ZeroDivisionError("the environment's own mistake")))
+    with pytest.raises(ZeroDivisionError, match="own mistake"):
+        run(script, tmp_path / "x")
+    assert not any((tmp_path / "x").iterdir())
 
 
-# WHOLE RUNS
-def test_a_refused_run_ends_with_its_sentence_and_leaves_nothing(root, tmp_path):
-    write(episode(rewards=np.full(10, np.nan)))
-    done = finish(start("iql_finetune", tmp_path / "work", "--dataset-id odd/set-v0"))
-    assert_refused(done, "odd/set-v0 holds NaN or infinity in its rewards")
-    assert not any((tmp_path / "work").iterdir())
+def test_python_without_asserts_refuses_what_python_refuses_and_leaves_nothing(own_root, tmp_path):
+    """A process of its own, which imports everything: the script is alone in a folder."""
+    write("odd/set-v0", episode(rewards=np.full(10, np.nan)))
+    (tmp_path / "work").mkdir()
+    shutil.copy(ROOT / "iql_finetune.py", tmp_path / "work")
+    command = [sys.executable, "iql_finetune.py", *"--env-id tiny_env:Tiny-v0 --dataset-id odd/set-v0".split()]
+    environment = {**os.environ, "PYTHONOPTIMIZE": "1", "PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run(command, cwd=tmp_path / "work", env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and done.stdout.count("\n") < 2
+    assert done.stderr.endswith("odd/set-v0 holds NaN or infinity in its rewards: use a dataset without.\n")
+    assert {path.name for path in (tmp_path / "work").iterdir()} == {"iql_finetune.py"}
 
 
-def test_an_environment_that_raises_keeps_its_traceback(tmp_path):
-    (tmp_path / "raise").touch()
-    (tmp_path / "runs").mkdir()
-    done = finish(start("iql_continuous", tmp_path, ""))
-    assert done.returncode != 0 and "Traceback" in done.stderr
-    assert done.stderr.splitlines()[-1] == "ZeroDivisionError: the environment's own mistake"
-
-
-def test_args_json_names_the_bundled_set_that_took_the_default_ones_place(root, tmp_path):
-    run("iql_continuous", tmp_path, "--env-id AdroitHandPen-v1 --dataset-id None --total-updates 0")
-    assert json.loads((run_dir(tmp_path) / "args.json").read_text())["args"]["dataset_id"] == "bundled/pen/demos-v0"
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_goal_environment_is_learned_from(script, root, tmp_path):
+@by_script
+def test_a_goal_environment_is_learned_from(script, own_root, tmp_path):
     env = gym.make("PointMaze_UMaze-v3", max_episode_steps=30)
     seen, actions = [env.reset(seed=0)[0]], []
     while len(actions) < 30:
@@ -465,8 +435,8 @@ def test_a_goal_environment_is_learned_from(script, root, tmp_path):
         seen.append(env.step(actions[-1])[0])
     observations = {name: np.array([obs[name] for obs in seen]) for name in seen[0]}
     spaces = {"observation_space": env.observation_space, "action_space": env.action_space}
-    write(episode(30, observations=observations, actions=np.array(actions)), **spaces)
-    flags = f"--env-id PointMaze_UMaze-v3 --dataset-id odd/set-v0 {LENGTH[script]} --eval-frequency 100"
+    write("odd/set-v0", episode(30, observations=observations, actions=np.array(actions)), **spaces)
+    flags = f"--env-id PointMaze_UMaze-v3 --dataset-id odd/set-v0 {NOTHING[script]} --final-episodes 1"
     final = run(script, tmp_path, flags).splitlines()[-1]
     assert final.startswith("final: PointMaze_UMaze-v3") and "success_rate=" in final
     assert saved_by(tmp_path)["agent"]["actor.obs_mean"].shape == (8,)

@@ -1,6 +1,6 @@
-"""A whole run is `update` on the data that the test prepares itself, with the same random numbers.
+"""Whole runs are what this test computes itself: IQL's update written down again, on data that it prepares.
 
-The replay starts from the checkpoint of a run without updates. No flag has its default.
+The same random numbers, from the checkpoint of a run without updates. No flag has its default.
 """
 
 import math
@@ -9,19 +9,21 @@ import minari
 import numpy as np
 import pytest
 import torch
-from processes import run, run_dir, saved_by
+import torch.nn.functional as F
+from processes import SCRIPTS, run, run_dir, saved_by
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributions import Normal
 
 import iql_continuous
-import iql_finetune
 
 NAMES = ("observations", "actions", "rewards", "next_observations", "terminations")
-VALUES = {"gamma": 0.9, "tau": 0.5, "expectile": 0.6, "beta": 2.0, "max_weight": 0.9, "actor_dropout": 0.3}
-FLAGS = " ".join(f"--{name} {value}" for name, value in VALUES.items())
-FLAGS += " --seed 7 --batch-size 16 --learning-rate 0.01 --reward-scale 0.25 --reward-shift 0.5"
+GAMMA, TAU, EXPECTILE, BETA, MAX_WEIGHT, DROPOUT, RATE = 0.9, 0.3, 0.6, 2.0, 0.9, 0.3, 0.01
+FLAGS = f"--gamma {GAMMA} --tau {TAU} --expectile {EXPECTILE} --beta {BETA} --max-weight {MAX_WEIGHT} --seed 7 "
+FLAGS += f"--actor-dropout {DROPOUT} --learning-rate {RATE} --batch-size 16 --reward-scale 0.25 --reward-shift 0.5 "
+FLAGS += "--env-id tiny_env:Ending-v0"
 
 
-def prepare(normalize, max_episodes=4):
+def prepare(normalize, max_episodes):
     """tiny/good-v0 as the updates should see it, its mean and its standard deviation."""
     episodes = list(minari.load_dataset("tiny/good-v0").iterate_episodes(range(max_episodes)))
     obs = np.concatenate([e.observations[:-1] for e in episodes]).astype(np.float64)
@@ -37,101 +39,157 @@ def prepare(normalize, max_episodes=4):
     return data, mean, std
 
 
-def begin_at(saved, script):
-    """The agent and the optimizers of a checkpoint; PyTorch's random numbers go on from there."""
-    agent = script.Agent(3, 2, script.Args(**VALUES))
-    agent.load_state_dict(saved["agent"])
-    optimizers = script.make_optimizers(agent, 0.01)
-    for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-        optimizer.load_state_dict(state)
-    torch.set_rng_state(saved["rng_state"])
-    return agent, optimizers
+class Replay:
+    """Networks as a checkpoint has them, and what IQL does to them."""
+
+    def __init__(self, saved):
+        self.networks = {name: tensor.clone() for name, tensor in saved["agent"].items()}
+        torch.set_rng_state(saved["rng_state"])
+        adams = [[p for name, p in self.networks.items() if name.startswith(names)] for names in self.ADAMS]
+        adams[1] = [p for p in adams[1] if p.dtype == torch.float32]  # not the statistics
+        self.adams = [torch.optim.Adam([p.requires_grad_() for p in parameters], RATE) for parameters in adams]
+
+    ADAMS = ("vf.", "actor.", ("qf1.", "qf2."))
+
+    def __call__(self, network, *inputs, last="fc3", dropout=0.0):
+        x = torch.cat(inputs, 1)
+        for layer in ("fc1", "fc2", last):
+            x = F.linear(x, *(self.networks[f"{network}.{layer}.{part}"] for part in ("weight", "bias")))
+            x = x if layer == last else F.dropout(F.relu(x), dropout)
+        return x if last == "fc_mean" else x[:, 0]
+
+    def policy(self, x, dropout=0.0):
+        std = self.networks["actor.log_std"].clamp(-5, 2).exp()
+        return Normal(torch.tanh(self("actor", x, last="fc_mean", dropout=dropout)), std)
+
+    def step(self, k, loss):
+        for p in self.adams[k].param_groups[0]["params"]:
+            p.grad = None
+        loss.backward()
+        self.adams[k].step()
+
+    def update(self, data, actor_rate):
+        obs, actions, rewards, next_obs, terminations = (data[name] for name in NAMES)
+        q = torch.min(self("qf1_target", obs, actions), self("qf2_target", obs, actions)).detach()
+        v = self("vf", obs)
+        v_loss = (torch.where(q > v, EXPECTILE, 1 - EXPECTILE) * (q - v) ** 2).mean()
+        self.step(0, v_loss)
+        advantages = (q - self("vf", obs)).detach()
+        weights = (BETA * advantages).exp().clamp(max=MAX_WEIGHT)
+        actor_loss = -(weights * self.policy(obs, DROPOUT).log_prob(actions).sum(1)).mean()
+        self.adams[1].param_groups[0]["lr"] = actor_rate
+        self.step(1, actor_loss)
+        bootstrap = torch.where(terminations == 1, 0.0, GAMMA * self("vf", next_obs))
+        target = (rewards + bootstrap).detach()
+        values = [self(name, obs, actions) for name in ("qf1", "qf2")]
+        qf_loss = sum(((q - target) ** 2).mean() for q in values)
+        self.step(2, qf_loss)
+        for name in self.networks:
+            if "_target" in name:
+                new = self.networks[name.replace("_target", "")].detach()
+                self.networks[name] = (1 - TAU) * self.networks[name] + TAU * new
+        clipped = (weights >= MAX_WEIGHT).float()
+        metrics = {"v_loss": v_loss, "actor_loss": actor_loss, "qf_loss": qf_loss, "qf_values": values[0]}
+        metrics |= {"v_values": v, "advantages": advantages, "weights": weights, "clipped_weights": clipped}
+        self.metrics = {name: value.mean().item() for name, value in metrics.items()}
+
+    def assert_same(self, folder):
+        """The run ended with these networks, logged the last update's means, and scored the policy."""
+        saved, events = saved_by(folder), EventAccumulator(str(run_dir(folder))).Reload()
+        assert saved["agent"].keys() == self.networks.keys()
+        for name, tensor in self.networks.items():
+            torch.testing.assert_close(tensor.detach(), saved["agent"][name], rtol=1e-3, atol=1e-4, msg=name)
+        logged = {name: events.Scalars(f"losses/{name}")[-1].value for name in self.metrics}
+        assert logged == pytest.approx(self.metrics, rel=1e-2, abs=1e-3) and 0 < logged["clipped_weights"] < 1
+        env, returns, successes = iql_continuous.make_env("tiny_env:Ending-v0")(), [], []
+        for k in range(2):
+            obs, ended, rewards, success = env.reset(seed=1_000_000 + k)[0], False, [], False
+            while not ended:
+                action = self.policy(self.normalize(obs)).mean[0].detach().numpy()
+                obs, reward, terminated, truncated, info = env.step(action)
+                ended, success = terminated or truncated, success or info["success"]
+                rewards.append(reward)
+            returns.append(sum(rewards))
+            successes.append(success)
+        row = {"episodic_return": np.mean(returns), "episodic_return_std": np.std(returns), "episodes": 2}
+        row["success_rate"] = np.mean(successes)
+        assert {name: saved["evaluations"][-1][name] for name in row} == pytest.approx(row, rel=1e-3)
+
+    def normalize(self, obs):
+        mean, std = (self.networks[f"actor.obs_{name}"] for name in ("mean", "std"))
+        return ((torch.tensor(obs)[None] - mean) / std).float()
 
 
 def cosine(done, total):
-    return 0.01 * 0.5 * (1 + math.cos(math.pi * done / total))
+    return RATE * 0.5 * (1 + math.cos(math.pi * done / total))
 
 
-def assert_same(agent, saved):
-    for name, tensor in agent.state_dict().items():
-        torch.testing.assert_close(tensor, saved["agent"][name], rtol=1e-3, atol=1e-4, msg=name)
-
-
-def assert_logged(metrics, events):
-    """The means of the last update's metrics are the losses logged last."""
-    clipped = (metrics["weights"] >= VALUES["max_weight"]).float()
-    assert 0 < clipped.mean() < 1
-    means = {name: tensor.mean().item() for name, tensor in {**metrics, "clipped_weights": clipped}.items()}
-    logged = {name: events.Scalars(f"losses/{name}")[-1].value for name in means}
-    assert logged == pytest.approx(means, rel=1e-2, abs=1e-3)
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-def test_an_offline_run_is_update_on_the_prepared_data(normalize, tmp_path):
-    flags = f"{FLAGS} --max-episodes 3" + ("" if normalize else " --no-normalize-obs")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_offline_run(script, tmp_path):
+    """The data are normalized here, and the last episode is left out."""
+    length = "--online-steps 0 --offline-updates" if script == "iql_finetune" else "--total-updates"
     for updates in (0, 5):
-        run("iql_continuous", tmp_path / str(updates), f"{flags} --total-updates {updates}")
-    data, mean, std = prepare(normalize, max_episodes=3)
-    agent, optimizers = begin_at(saved_by(tmp_path / "0"), iql_continuous)
-    np.testing.assert_allclose(agent.actor.obs_mean, mean)
-    np.testing.assert_allclose(agent.actor.obs_std, std)
+        run(script, tmp_path / str(updates), f"{FLAGS} --max-episodes 3 {length} {updates}")
+    data, mean, std = prepare(True, max_episodes=3)
+    replay = Replay(saved_by(tmp_path / "0"))
+    np.testing.assert_allclose(replay.networks["actor.obs_mean"], mean)
+    np.testing.assert_allclose(replay.networks["actor.obs_std"], std)
     for k in range(5):
-        optimizers[1].param_groups[0]["lr"].fill_(cosine(k, 5))
-        indices = torch.randint(30, (16,))
-        batch = {name: column[indices] for name, column in data.items()}
-        metrics = iql_continuous.update(agent, optimizers, batch, iql_continuous.Args(**VALUES))
-    assert_same(agent, saved_by(tmp_path / "5"))
-    assert_logged(metrics, EventAccumulator(str(run_dir(tmp_path / "5"))).Reload())
+        finetune = script == "iql_finetune"
+        indices = (torch.rand(16, dtype=torch.float64) * 30).long() if finetune else torch.randint(30, (16,))
+        rate = RATE if finetune else cosine(k, 5)
+        replay.update({name: column[indices] for name, column in data.items()}, rate)
+    replay.assert_same(tmp_path / "5")
 
 
 @pytest.mark.parametrize("anneal", [True, False])
-def test_an_online_run_is_update_on_the_data_and_what_the_environment_gave(anneal, tmp_path):
-    """Rows, returns, successes and starts are those of the environment itself, stepped again with the actions."""
-    flags = f"{FLAGS} --env-id tiny_env:Ending-v0 --offline-updates 2 --learning-starts 12 --exploration-scale 0.5"
-    flags += "" if anneal else " --no-anneal-lr"
-    run("iql_finetune", tmp_path / "0", f"{flags} --online-steps 0")
+def test_an_online_run(anneal, tmp_path):
+    """Rows, returns, successes and starts are the environment's own. Without annealing, nothing is normalized either.
+
+    All episodes are read then, and three of them otherwise.
+    """
+    flags = f"{FLAGS} --offline-updates 2 --learning-starts 12 --exploration-scale 0.5"
+    flags += " --max-episodes 3" if anneal else " --no-anneal-lr --no-normalize-obs"
+    run("iql_finetune", tmp_path / "0", f"{flags} --offline-updates 0 --online-steps 0")
     printed = run("iql_finetune", tmp_path / "45", f"{flags} --online-steps 45")
     saved, online = saved_by(tmp_path / "45"), np.fromfile(run_dir(tmp_path / "45") / "online.bin", np.float32)
-    data, mean, std = prepare(normalize=True)
+    count = 30 if anneal else 40
+    data, mean, std = prepare(anneal, count // 10)
     data = {name: torch.cat([column, torch.zeros(45, *column.shape[1:])]) for name, column in data.items()}
-    agent, optimizers = begin_at(saved_by(tmp_path / "0"), iql_finetune)
-    env, obs, ends, rows = iql_finetune.make_env("tiny_env:Ending-v0")(), None, [], []
-    for k in range(1, 46):
-        if obs is None:
-            obs, _ = env.reset(seed=torch.randint(2**31, ()).item())
-            episodic_return, success = 0.0, False
-        x = torch.tensor((obs - mean) / std, dtype=torch.float32)
-        agent.eval()
-        with torch.no_grad():
-            policy_mean, log_std = agent.actor(x[None])
-            action = (policy_mean + 0.5 * log_std.exp() * torch.randn(1, 2)).clamp(-1, 1)[0]
-        next_obs, reward, terminated, truncated, info = env.step(action.numpy())
-        next_x = torch.tensor((next_obs - mean) / std, dtype=torch.float32)
-        scaled = torch.tensor([0.25 * (reward + 0.5)], dtype=torch.float32)
-        for name, value in zip(NAMES, (x, action, scaled[0], next_x, float(terminated)), strict=True):
-            data[name][39 + k] = value
-        rows.append(torch.cat([x, action, scaled, next_x, torch.tensor([float(terminated)])]))
-        episodic_return, success = episodic_return + reward, success or bool(info["success"])
-        obs = next_obs
-        if terminated or truncated:
-            ends.append((2 + k, episodic_return, success))
-            obs = None
-        if k > 12:
-            optimizers[1].param_groups[0]["lr"].fill_(cosine(k - 1, 45) if anneal else 0.01)
-            indices = (torch.rand(16, dtype=torch.float64) * (40 + k)).long()
-            batch = {name: column[indices] for name, column in data.items()}
-            metrics = iql_finetune.update(agent, optimizers, batch, iql_finetune.Args(**VALUES))
+    replay = Replay(saved_by(tmp_path / "0"))
+    np.testing.assert_allclose(replay.networks["actor.obs_mean"], mean)
+    np.testing.assert_allclose(replay.networks["actor.obs_std"], std)
+    env, obs, ends, rows = iql_continuous.make_env("tiny_env:Ending-v0")(), None, [], []
+    for k in range(-1, 46):
+        if k > 0:
+            if obs is None:
+                obs, _ = env.reset(seed=torch.randint(2**31, ()).item())
+                episodic_return, success = 0.0, False
+            x, policy = replay.normalize(obs), replay.policy(replay.normalize(obs))
+            action = (policy.mean + 0.5 * policy.stddev * torch.randn(1, 2)).clamp(-1, 1).detach()
+            obs, reward, terminated, truncated, info = env.step(action[0].numpy())
+            scaled, ended = torch.tensor([[0.25 * (reward + 0.5)]]), torch.tensor([[float(terminated)]])
+            rows.append(torch.cat([x, action, scaled, replay.normalize(obs), ended], 1).float()[0])
+            for name, value in zip(NAMES, rows[-1].split([3, 2, 1, 3, 1]), strict=True):
+                data[name][count + k - 1] = value if data[name].dim() == 2 else value[0]
+            episodic_return, success = episodic_return + reward, success or bool(info["success"])
+            if terminated or truncated:
+                ends.append((2 + k, episodic_return, success))
+                obs = None
+        if k <= 0 or k > 12:
+            rate = cosine(k - 1, 45) if anneal and k > 0 else RATE
+            indices = (torch.rand(16, dtype=torch.float64) * (count + max(0, k))).long()
+            replay.update({name: column[indices] for name, column in data.items()}, rate)
     torch.testing.assert_close(torch.from_numpy(online.reshape(45, 10)), torch.stack(rows), rtol=1e-3, atol=1e-4)
-    assert_same(agent, saved)
+    replay.assert_same(tmp_path / "45")
     rates = [optimizer["param_groups"][0]["lr"].item() for optimizer in saved["optimizers"]]
-    assert rates == pytest.approx([0.01, cosine(44, 45) if anneal else 0.01, 0.01])
+    assert rates == pytest.approx([RATE, cosine(44, 45) if anneal else RATE, RATE])
 
     # what is said of the episodes: unscaled returns and success at any step, each at the step that it ended at
     successes = [success for _, _, success in ends]
     assert any(successes) and not all(successes) and len(ends) > 5
     assert saved["online_successes"] == successes
     events = EventAccumulator(str(run_dir(tmp_path / "45")), size_guidance={"scalars": 0}).Reload()
-    assert_logged(metrics, events)
     logged = [(event.step, event.value) for event in events.Scalars("charts/online_episodic_return")]
     assert logged == [(step, pytest.approx(episodic_return, rel=1e-3)) for step, episodic_return, _ in ends]
     regrets = {step: 1 - np.mean(successes[: i + 1]) for i, (step, _, _) in enumerate(ends)}
@@ -140,4 +198,4 @@ def test_an_online_run_is_update_on_the_data_and_what_the_environment_gave(annea
         assert row.get("regret") == (pytest.approx(regrets[ended[-1]]) if ended else None)
     assert f", regret={round(regrets[ends[-1][0]], 2)}, " in printed.splitlines()[-1]
     before = next(row for row in saved["evaluations"] if row["global_step"] == 2)
-    assert f"before fine-tuning: {iql_finetune.describe(before)}\n" in printed
+    assert f"before fine-tuning: {iql_continuous.describe(before)}\n" in printed

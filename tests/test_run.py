@@ -1,16 +1,21 @@
-"""What whole runs write and print, and what may not change them."""
+"""What whole runs write and print, what they begin with, and what may not change them."""
 
 import csv
 import json
 import re
+import shutil
+import sys
+import time
+from itertools import count
+from types import SimpleNamespace
 
 import gymnasium as gym
 import minari
 import numpy as np
+import processes
 import pytest
 import torch
-from conftest import ROOT
-from processes import SCRIPTS, finish, run, run_dir, saved_by, start
+from processes import ROOT, SCRIPTS, refused, run, run_dir, saved_by
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import iql_continuous
@@ -19,13 +24,23 @@ FLAGS = {
     "iql_continuous": "--env-id tiny_env:Ending-v0 --total-updates 60",
     "iql_finetune": "--env-id tiny_env:Ending-v0 --offline-updates 20 --online-steps 40 --learning-starts 10",
 }
+NOTHING = {"iql_continuous": "--total-updates 0", "iql_finetune": "--offline-updates 0 --online-steps 0"}
+LENGTH = {"iql_continuous": "--total-updates", "iql_finetune": "--offline-updates 0 --learning-starts 0 --online-steps"}
+by_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)
 def finished(request, tmp_path_factory):
-    """A script, the folder of its run, which ends with other episodes than it began with, and what it printed."""
-    folder = tmp_path_factory.mktemp("finished")
-    printed = run(request.param, folder, f"{FLAGS[request.param]} --final-episodes 5 --exp-name named --seed 4")
+    """A script, the folder of its run, which ends with other episodes than it began with, and what it printed.
+
+    The clock that only goes forward goes on by 1 whenever it is read, the one that people see goes back.
+    """
+    folder, forward, back = tmp_path_factory.mktemp("finished"), count(100), count(1_800_000_000, -1000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: next(forward))
+        patch.setattr(time, "time", lambda: next(back))
+        flags = f"{FLAGS[request.param]} --final-episodes 5 --exp-name \"an 'odd' name\" --seed 4"
+        printed = run(request.param, folder, flags)
     return request.param, folder, printed
 
 
@@ -34,45 +49,56 @@ def rows_of(folder):
         return list(csv.DictReader(file))
 
 
+def events_of(folder):
+    return EventAccumulator(str(run_dir(folder)), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+
+
+def written_by(folder):
+    return json.loads((run_dir(folder) / "args.json").read_text())
+
+
 def equal_bits(a, b):
     return all(torch.equal(a["agent"][name], b["agent"][name]) for name in a["agent"])
 
 
 def test_only_the_seed_changes_the_bits(finished, tmp_path):
-    """Not how often one evaluates, with how many environments, and on how many episodes."""
+    """Not how often one evaluates, with how many environments, on how many episodes, and what a CPU has no use for."""
     script, folder, _ = finished
-    other = "--eval-frequency 1000 --eval-episodes 3 --final-episodes 4 --eval-envs 3"
+    other = "--eval-frequency 1000 --eval-episodes 3 --final-episodes 4 --eval-envs 3 --cudagraphs"
     run(script, tmp_path / "seldom", f"{FLAGS[script]} --seed 4 {other}")
     run(script, tmp_path / "seed", f"{FLAGS[script]} --seed 5")
     assert equal_bits(saved_by(folder), saved_by(tmp_path / "seldom"))
     assert not equal_bits(saved_by(folder), saved_by(tmp_path / "seed"))
+    ends = [0, 60] if script == "iql_continuous" else [0, 20, 60]
+    assert [row["global_step"] for row in saved_by(tmp_path / "seldom")["evaluations"]] == ends
 
 
 def test_evaluations_are_the_same_in_the_table_the_checkpoint_tensorboard_and_the_output(finished):
     script, folder, printed = finished
-    rows, saved = rows_of(folder), saved_by(folder)
+    rows, saved, events = rows_of(folder), saved_by(folder), events_of(folder)
     assert [{k: str(row.get(k, "")) for k in rows[0]} for row in saved["evaluations"]] == rows
     assert [int(row["global_step"]) for row in rows] == [0, 10, 20, 30, 40, 50, 60]
     phase_ends = (60,) if script == "iql_continuous" else (20, 60)
     assert [int(row["episodes"]) for row in rows] == [5 if 10 * k in phase_ends else 2 for k in range(7)]
     if script == "iql_finetune":
         assert [int(row["online_steps"]) for row in rows] == [0, 0, 0, 10, 20, 30, 40]
-    total = "total_updates" if script == "iql_continuous" else "total_steps"
-    assert {row[total] for row in rows} == {"60"}
+    assert {row["total_updates" if script == "iql_continuous" else "total_steps"] for row in rows} == {"60"}
 
-    events = EventAccumulator(str(run_dir(folder)), size_guidance={"scalars": 0, "tensors": 0}).Reload()
     for name in ("episodes", "episodic_return", "episodic_return_std", "success_rate"):
         logged = [(event.step, event.value) for event in events.Scalars(f"charts/{name}")]
         assert logged == [(int(row["global_step"]), pytest.approx(float(row[name]))) for row in rows]
-    losses = {tag for tag in events.Tags()["scalars"] if tag.startswith("losses/")}
     names = "v_loss qf_loss actor_loss qf_values v_values advantages weights clipped_weights"
+    losses = {tag for tag in events.Tags()["scalars"] if tag.startswith("losses/")}
     assert losses == {f"losses/{name}" for name in names.split()}
     updates = [10, 20, 30, 40, 50, 60] if script == "iql_continuous" else [10, 20, 40, 50, 60]
     assert [event.step for event in events.Scalars("losses/v_loss")] == updates
-    rates = [event.value for event in events.Scalars("charts/SPS")]
-    assert len(rates) == len(updates) and min(rates) > 0
+    # updates a second: the clock is read for them, then for the row
+    seconds = {int(row["global_step"]): float(row["wall_seconds"]) for row in rows}
+    assert seconds[0] == 1 and sorted({*seconds.values()}) == [*seconds.values()]
+    rates = [(event.step, event.value) for event in events.Scalars("charts/SPS")]
+    assert rates == [(step, pytest.approx(step / (seconds[step] - 1))) for step in updates]
     table = events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert "|exp_name|named|" in table and "|beta|3.0|" in table
+    assert "|exp_name|an 'odd' name|" in table and "|beta|3.0|" in table
 
     lines = printed.splitlines()
     for evaluation in saved["evaluations"]:
@@ -83,15 +109,13 @@ def test_evaluations_are_the_same_in_the_table_the_checkpoint_tensorboard_and_th
 
 def test_args_json_explains_the_run(finished):
     script, folder, printed = finished
-    assert re.fullmatch(r"tiny_env_Ending-v0__named__4__\d{10}", run_dir(folder).name)
-    written, saved = json.loads((run_dir(folder) / "args.json").read_text()), saved_by(folder)
-    assert written["args"] == saved["args"]
-    defaults = vars(__import__(script).Args())
-    given = (
-        "seed exp_name env_id dataset_id cuda batch_size eval_frequency eval_episodes final_episodes eval_envs".split()
-    )
-    given += ["total_updates"] if script == "iql_continuous" else ["offline_updates", "online_steps", "learning_starts"]
+    assert re.fullmatch(r"tiny_env_Ending-v0__an__odd__name__4__\d{10}", run_dir(folder).name)
+    written, saved = written_by(folder), saved_by(folder)
+    assert written["args"] == saved["args"] and processes.asked_for_determinism[-1] is True
+    given = f"{processes.TINY} {FLAGS[script]} --seed --exp-name --final-episodes"
+    given = {name.replace("-", "_") for name in re.findall(r"--([a-z-]+)", given)} - {"no_cuda"} | {"cuda"}
     resolved = {"reward_scale": 1.0, "reward_shift": 0.0}
+    defaults = vars(__import__(script).Args())
     assert written["args"] == {**defaults, **{name: written["args"][name] for name in given}, **resolved}
     assert written["args"]["dataset_id"] == "tiny/good-v0" and written["args"]["seed"] == 4
     returns = [episode.rewards.sum() for episode in minari.load_dataset("tiny/good-v0").iterate_episodes()]
@@ -105,17 +129,41 @@ def test_args_json_explains_the_run(finished):
         assert f"{name}: {iql_continuous.describe(written[name])}" in printed.splitlines()
 
 
+@by_script
+def test_losses_are_logged_between_evaluations_too_and_there_is_no_regret_without_successes(script, tmp_path):
+    flags = f"{LENGTH[script]} 501 --batch-size 2 --eval-frequency 1000 --env-id tiny_env:Silent-v0"
+    run(script, tmp_path, f"{flags} --no-torch-deterministic")
+    events = events_of(tmp_path)
+    assert [event.step for event in events.Scalars("losses/qf_loss")] == [500, 501]
+    assert not {name for name in rows_of(tmp_path)[-1] if "regret" in name or "success" in name}
+    assert not {tag for tag in events.Tags()["scalars"] if "regret" in tag or "success" in tag}
+    assert processes.asked_for_determinism[-1] is False
+
+
 @pytest.mark.parametrize("script, expectile, scale", [("iql_continuous", 0.7, 0.05), ("iql_finetune", 0.8, 0.005)])
-def test_adroit_has_its_settings_under_every_name(script, expectile, scale, tmp_path):
-    length = "--total-updates 0" if script == "iql_continuous" else "--offline-updates 0 --online-steps 0"
-    flags = f"--env-id AdroitHandPen --dataset-id bundled/pen/demos-v0 --no-cuda {length}"
-    printed = run(script, tmp_path, f"{flags} --final-episodes 1 --eval-envs 1 --eval-episodes 1", tiny=False)
-    assert printed.splitlines()[-1].startswith("final: AdroitHandPen-v1 with bundled/pen/demos-v0, seed 1: ")
-    args = json.loads((run_dir(tmp_path) / "args.json").read_text())["args"]
-    assert (args["env_id"], args["expectile"], args["reward_scale"]) == ("AdroitHandPen-v1", expectile, scale)
+def test_adroit_has_its_settings_under_every_name_and_d4rls_references(script, expectile, scale, tmp_path):
+    """The dataset has other reference scores, and no id but its path."""
+    path = shutil.copytree(ROOT / "tests" / "datasets" / "bundled" / "pen" / "demos-v0", tmp_path / "pen")
+    minari.MinariDataset(path / "data").storage.update_metadata({"ref_min_score": 0.0, "ref_max_score": 1.0})
+    flags = f"--env-id AdroitHandPen --dataset-id {path} {NOTHING[script]} --no-cuda"
+    printed = run(script, tmp_path, f"{flags} --final-episodes 1 --eval-envs 1 --eval-episodes 2", tiny=False)
+    assert printed.splitlines()[-1].startswith(f"final: AdroitHandPen-v1 with {path}, seed 1: ")
+    written = written_by(tmp_path)
+    args = [written["args"][name] for name in ("env_id", "dataset_id", "expectile", "reward_scale", "reward_shift")]
+    assert args == ["AdroitHandPen-v1", str(path), expectile, scale, 0.0]
     (row,) = rows_of(tmp_path)
-    score = 100 * (float(row["episodic_return"]) - 96.262799) / (3076.8331017826877 - 96.262799)
-    assert float(row["normalized_score"]) == pytest.approx(score)
+    for found in (row, written["dataset"], written["random"]):
+        score = 100 * (float(found["episodic_return"]) - 96.262799) / (3076.8331017826877 - 96.262799)
+        assert float(found["normalized_score"]) == pytest.approx(score)
+    # an evaluation of fewer episodes than the others is no best one
+    assert [name.name for name in run_dir(tmp_path).glob("*.pt")] == ["checkpoint.pt"]
+
+
+@by_script
+def test_the_bundled_set_that_takes_the_default_ones_place_is_named_in_args_json(script, own_root, tmp_path):
+    flags = f"--env-id AdroitHandPen-v1 --dataset-id None --max-episodes 1 {NOTHING[script]}"
+    assert "ITS SCORES ARE NOT D4RL SCORES" in run(script, tmp_path, flags)
+    assert written_by(tmp_path)["args"]["dataset_id"] == "bundled/pen/demos-v0"
 
 
 def test_best_pt_is_the_best_evaluation_on_the_start_states_that_all_share(finished, tmp_path):
@@ -135,71 +183,124 @@ def test_best_pt_is_the_best_evaluation_on_the_start_states_that_all_share(finis
     assert means[60] > best["best_return"] > returns.mean()
 
 
-def test_a_checkpoint_keeps_its_statistics_and_units_and_evaluates_to_its_score(finished, tmp_path):
-    script, folder, _ = finished
-    before, path = saved_by(folder), tmp_path / "scaled.pt"
-    units = {"reward_scale": 0.125, "reward_shift": -0.5, "normalize_obs": False}
-    torch.save({**before, "args": {**before["args"], **units}}, path)
-    same = f"--env-id {before['args']['env_id']} --checkpoint {path} --final-episodes 5"
-    if script == "iql_continuous":
-        run(script, tmp_path / "evaluated", f"{same} --total-updates 0 --dataset-id None")
-        (row,), evaluated = rows_of(tmp_path / "evaluated"), saved_by(tmp_path / "evaluated")
-        assert row["episodic_return"] == rows_of(folder)[-1]["episodic_return"]
-        # no dataset was read: the checkpoint's stays its own for what begins with it
-        assert json.loads((run_dir(tmp_path / "evaluated") / "args.json").read_text()).keys() == {"args"}
-        inherited = {"dataset_id": "tiny/good-v0", **units}
-        assert {name: evaluated["args"][name] for name in ("dataset_id", *units)} == inherited
-        last = run(script, tmp_path / "evaluated", f"--resume runs/{run_dir(tmp_path / 'evaluated').name}", tiny=False)
-        score = iql_continuous.describe(evaluated["evaluations"][0])
-        assert last == f"runs/{run_dir(tmp_path / 'evaluated').name} is finished: {score}\n"
-    flags = f"{FLAGS['iql_finetune']} {same} --dataset-id tiny/other-v0"
-    printed = run("iql_finetune", tmp_path / "tuned", flags)
-    saved = saved_by(tmp_path / "tuned")
-    for name in ("actor.obs_mean", "actor.obs_std"):
-        assert torch.equal(saved["agent"][name], before["agent"][name])
-    args = {name: saved["args"][name] for name in ("dataset_id", "offline_updates", *units)}
-    assert args == {"dataset_id": "tiny/other-v0", "offline_updates": 0, **units}
-    first = saved["evaluations"][0]
-    assert first["episodic_return"] == before["evaluations"][-1]["episodic_return"] and first["online_steps"] == 0
-    assert f"before fine-tuning: {iql_continuous.describe(first)}\n" in printed
+@pytest.fixture(scope="module", params=[("iql_continuous", True), ("iql_finetune", False)])
+def beginning(request, tmp_path_factory):
+    """The checkpoint of a run on three episodes in units of its own, with normalized observations and without."""
+    (script, normalize), folder = request.param, tmp_path_factory.mktemp("beginning")
+    units = "--max-episodes 3 --reward-scale 0.125 --reward-shift -0.5" + ("" if normalize else " --no-normalize-obs")
+    run(script, folder, f"{FLAGS[script]} {units}")
+    return run_dir(folder) / "checkpoint.pt", saved_by(folder), normalize
 
 
-MOVIEPY = """
-class ImageSequenceClip:
-    def __init__(self, frames, fps):
-        self.frames = len(frames)
-
-    def write_videofile(self, path, **kwargs):
-        open(path, "w").write(str(self.frames))
-"""
+UNITS = "dataset_id max_episodes reward_scale reward_shift normalize_obs".split()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_the_final_policy_is_filmed_for_one_episode(script, tmp_path):
-    folder = tmp_path / "moviepy" / "video" / "io"
-    folder.mkdir(parents=True)
-    for package in (folder, folder.parent, folder.parent.parent):
-        (package / "__init__.py").touch()
-    (folder / "ImageSequenceClip.py").write_text(MOVIEPY)
-    path = f"{tmp_path}:{ROOT / 'tests'}"
-    flags = f"{FLAGS[script]} --env-id tiny_env:Tiny-v0 --capture-video"
-    done = finish(start(script, tmp_path, flags, PYTHONPATH=path))
-    assert done.returncode == 0, done.stderr
+@by_script
+def test_a_checkpoint_gives_statistics_units_and_data_where_nothing_else_is_asked_for(script, beginning, tmp_path):
+    path, before, normalize = beginning
+    flags = f"--env-id tiny_env:Ending-v0 --checkpoint {path} {FLAGS[script]}"
+    own = {"dataset_id": "tiny/good-v0", "max_episodes": 3, "reward_scale": 0.125, "reward_shift": -0.5}
+    other = {"dataset_id": "tiny/other-v0", "max_episodes": None, "reward_scale": 0.5, "reward_shift": -0.5}
+    asked = {"": own, "--max-episodes 2": {**own, "max_episodes": 2}}
+    asked["--dataset-id tiny/other-v0 --reward-scale 0.5"] = other
+    for k, (more, units) in enumerate(asked.items()):
+        printed = run(script, tmp_path / str(k), f"{flags} --dataset-id None {more}")
+        saved, written = saved_by(tmp_path / str(k)), written_by(tmp_path / str(k))
+        assert {name: saved["args"][name] for name in UNITS} == {**units, "normalize_obs": normalize}
+        assert saved["args"].get("offline_updates", 0) == 0
+        episodes = list(minari.load_dataset(units["dataset_id"]).iterate_episodes())[: units["max_episodes"]]
+        assert written["dataset"]["transitions"] == 10 * len(episodes)
+        mean = np.mean([episode.rewards.sum() for episode in episodes])
+        assert written["dataset"]["episodic_return"] == pytest.approx(mean)
+        for name in ("actor.obs_mean", "actor.obs_std"):
+            assert torch.equal(saved["agent"][name], before["agent"][name])
+        first = saved["evaluations"][0]
+        assert first["global_step"] == 0 and first["episodic_return"] == before["evaluations"][-1]["episodic_return"]
+        if script == "iql_finetune":
+            assert f"before fine-tuning: {iql_continuous.describe(first)}\n" in printed
+            row = np.fromfile(run_dir(tmp_path / str(k)) / "online.bin", np.float32)[:10]
+            reward = row[5] / units["reward_scale"] - units["reward_shift"]
+            next_obs = row[6:9] * before["agent"]["actor.obs_std"].numpy() + before["agent"]["actor.obs_mean"].numpy()
+            assert reward == pytest.approx(-np.abs(next_obs).sum(), rel=1e-4)
+    if normalize:
+        refused("leave out --no-normalize-obs", script, tmp_path / "x", f"{flags} --no-normalize-obs")
+    refused("Ending-v0, not of tiny_env:Wide-v0", script, tmp_path / "x", f"{flags} --env-id tiny_env:Wide-v0")
+    assert not (tmp_path / "x" / "runs").exists()
+
+
+@pytest.mark.parametrize("dataset_id", ["None", "no/such-v0"])
+def test_an_evaluation_alone_gives_the_score_again_and_passes_on_what_the_checkpoint_had(
+    dataset_id, beginning, tmp_path
+):
+    path, before, normalize = beginning
+    flags = f"--env-id tiny_env:Ending-v0 --checkpoint {path} --total-updates 0 --dataset-id {dataset_id}"
+    printed = run("iql_continuous", tmp_path / "evaluated", flags)
+    saved = saved_by(tmp_path / "evaluated")
+    written = written_by(tmp_path / "evaluated")
+    assert f" with {path}, seed 1: " in printed and not written.keys() & {"dataset", "random"}
+    for name in ("episodic_return", "episodic_return_std", "success_rate", "episodes"):
+        assert saved["evaluations"][0][name] == before["evaluations"][-1][name]
+    assert {name: saved["args"][name] for name in UNITS} == {name: before["args"][name] for name in UNITS}
+    flags = f"--env-id tiny_env:Ending-v0 --checkpoint {run_dir(tmp_path / 'evaluated')}/best.pt --dataset-id None"
+    run("iql_finetune", tmp_path / "tuned", flags)
+    assert {name: saved_by(tmp_path / "tuned")["args"][name] for name in UNITS} == {
+        name: before["args"][name] for name in UNITS
+    }
+
+
+@by_script
+def test_the_final_policy_is_filmed_for_one_episode(script, tmp_path, monkeypatch):
+    clip = SimpleNamespace(write_videofile=lambda path, **_: open(path, "w").write(str(len(frames))))
+    frames = []
+    fake = SimpleNamespace(ImageSequenceClip=lambda all_frames, fps: frames.extend(all_frames) or clip)
+    for k in range(4):
+        monkeypatch.setitem(sys.modules, ".".join(["moviepy", "video", "io", "ImageSequenceClip"][: k + 1]), fake)
+    run(script, tmp_path, f"{NOTHING[script]} --capture-video")
     films = [f"{path.parent.name}/{path.name} {path.read_text()}" for path in tmp_path.glob("videos/*/*.mp4")]
     assert films == [f"{run_dir(tmp_path).name}/rl-video-episode-0.mp4 11"]  # the start and ten steps
-    dark = finish(start(script, tmp_path / "dark", f"{flags} --env-id tiny_env:Dark-v0", PYTHONPATH=path))
-    assert dark.returncode != 0 and "no screen" in dark.stderr and not (tmp_path / "dark" / "runs").exists()
+    with pytest.raises(RuntimeError, match="no screen"):
+        run(script, tmp_path / "dark", f"{NOTHING[script]} --capture-video --env-id tiny_env:Dark-v0")
+    assert not (tmp_path / "dark" / "runs").exists()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_two_runs_of_one_name_in_one_second_share_no_folder(script, tmp_path):
-    length = "--total-updates 0" if script == "iql_continuous" else "--offline-updates 0 --online-steps 0"
-    processes = [start(script, tmp_path, length) for _ in range(4)]
-    codes = [finish(process).returncode for process in processes]
-    assert codes.count(0) == len(list((tmp_path / "runs").iterdir()))
+@by_script
+def test_two_runs_of_one_name_in_one_second_share_no_folder(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1_800_000_000.5)
+    run(script, tmp_path, NOTHING[script])
+    with pytest.raises(FileExistsError):
+        run(script, tmp_path, NOTHING[script])
+    assert run_dir(tmp_path).name == f"tiny_env_Tiny-v0__{script}__1__1800000000"
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@by_script
+def test_there_is_one_thread_unless_the_user_says_otherwise(script, tmp_path, monkeypatch):
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    for value, folder in (("2", "given"), (None, "default")):
+        monkeypatch.setenv("OMP_NUM_THREADS", value) if value else monkeypatch.delenv("OMP_NUM_THREADS")
+        run(script, tmp_path / folder, NOTHING[script])
+        assert threads == ([] if value else [1])
+
+
+@by_script
+def test_a_run_is_tracked_and_a_resumed_one_goes_on_in_the_same_wandb_run(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
+    with pytest.raises(ImportError, match="wandb"):  # and said before anything is read
+        run(script, tmp_path / "x", "--track --dataset-id no/such-v0 --env-id no_such:Env-v0")
+    inits = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **kwargs: inits.append(kwargs)))
+    flags = "--wandb-project-name some --wandb-entity body"
+    run(script, tmp_path, f"--track {flags} {LENGTH[script]} 10")
+    directory = run_dir(tmp_path)
+    run(script, tmp_path, f"--resume {directory}/ {LENGTH[script].split()[-1]} 20", tiny=False)
+    for init in inits:
+        assert (init["id"], init["name"], init["resume"]) == (directory.name, directory.name, "allow")
+        assert (init["project"], init["entity"], init["sync_tensorboard"]) == ("some", "body", True)
+        assert init["config"]["learning_rate"] == 3e-4
+    assert len(inits) == 2 and "it/s" not in capsys.readouterr().err  # no progress bar where nobody looks
+
+
+@by_script
 def test_the_scripts_own_dependencies_are_those_of_requirements_txt(script):
     head = re.search(r"^# /// script\n(.*?)^# ///$", (ROOT / f"{script}.py").read_text(), re.DOTALL | re.MULTILINE)[1]
     requirements = (ROOT / "requirements.txt").read_text().split("# the figure")[0]

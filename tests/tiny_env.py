@@ -1,22 +1,25 @@
-"""A tiny environment, its unusable variants and Minari datasets for it; `--env-id tiny_env:Tiny-v0` finds it."""
+"""Tiny environments, some of them odd or unusable, and Minari datasets; `--env-id tiny_env:Tiny-v0` finds one."""
 
+import multiprocessing
 import os
-import signal
 import time
+from collections import OrderedDict
 from pathlib import Path
 
 import gymnasium as gym
+import minari
 import numpy as np
+from minari.data_collector import EpisodeBuffer
 
 OBSERVATIONS = gym.spaces.Box(-10, 10, (3,))
 ACTIONS = gym.spaces.Box(np.array([-2, 0], np.float32), np.array([2, 1], np.float32))
 
 
 class Tiny(gym.Env):
-    """A point that drifts with the action, for ten steps.
+    """A point that drifts with the action, for ten steps. Dark-v0 cannot be rendered, Silent-v0 knows no success.
 
-    Once there are runs in the working directory, a file `die`, `raise` or `hang` beside them makes the next step do so.
-    Dark-v0 cannot be rendered.
+    A file `hang` in the working directory names another one: once that exists, a step waits, and leaves its process
+    in `hanging`. With `loop` in `hang`, only the process that learns does so.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
@@ -30,17 +33,16 @@ class Tiny(gym.Env):
         return self.state.copy(), {}
 
     def step(self, action):
-        if Path("runs").exists():
-            if Path("die").exists():
-                os.kill(os.getpid(), signal.SIGKILL)
-            if Path("raise").exists():
-                raise ZeroDivisionError("the environment's own mistake")
-            while Path("hang").exists():
-                Path("hanging").touch()
-                time.sleep(0.01)
+        while Path("hang").exists():
+            pattern, *loop = Path("hang").read_text().split()
+            if (loop and multiprocessing.parent_process()) or not any(Path().glob(pattern)):
+                break
+            Path("hanging").write_text(f"{os.getpid()} ")
+            time.sleep(0.01)
         self.state[:2] += 0.1 * action
         distance = float(np.abs(self.state).sum())
-        return self.state.copy(), -distance, False, False, {"success": distance < 2}
+        info = {} if self.spec.id == "Silent-v0" else {"success": distance < 2}
+        return self.state.copy(), -distance, False, False, info
 
     def render(self):
         if self.spec.id == "Dark-v0":
@@ -74,40 +76,91 @@ class Unstable(Tiny):
         return super().reset(seed=seed)
 
     def step(self, action):
-        obs, *more = super().step(action)
+        obs, reward, *more = super().step(action)
         self.steps += 1
-        return (obs * np.nan if self.breaks and self.steps == 3 else obs), *more
+        if self.breaks and self.steps == 3:
+            obs, reward = (obs, np.nan) if self.spec.id == "Unpaid-v0" else (obs * [1, np.nan, 1], reward)
+        return obs, reward, *more
 
 
-VARIANTS = {
-    "Tiny": {},
-    "Dark": {},
-    "Wide": {"observation_space": gym.spaces.Box(-10, 10, (4,))},
-    "ZeroWidth": {"action_space": gym.spaces.Box(np.array([-1, 0], np.float32), np.array([1, 0], np.float32))},
-    "DiscreteAction": {"action_space": gym.spaces.Discrete(3)},
-    "MatrixAction": {"action_space": gym.spaces.Box(-1, 1, (2, 2))},
-    "IntAction": {"action_space": gym.spaces.Box(-100, 100, (2,), np.int8)},
+class Parts(gym.Env):
+    """Observations are a Dict whose keys are not in alphabetical order."""
+
+    observation_space = gym.spaces.Dict(OrderedDict(z=gym.spaces.Box(-5, 5, (1,)), a=gym.spaces.Box(-5, 5, (2, 2))))
+    action_space = gym.spaces.Box(-1, 1, (2,))
+
+    def reset(self, seed=None, options=None):
+        return OrderedDict(z=np.array([1], np.float32), a=np.array([[2, 3], [4, 5]], np.float32)), {}
+
+
+class Image(gym.Env):
+    """Observations are bytes."""
+
+    observation_space, action_space = gym.spaces.Box(0, 255, (4, 4, 3), np.uint8), gym.spaces.Box(-1, 1, (2,))
+
+    def reset(self, seed=None, options=None):
+        return np.arange(200, 248, dtype=np.uint8).reshape(4, 4, 3), {}
+
+
+class Staircase(gym.Env):
+    """The k-th evaluation episode ends after 1 + k % 5 steps, the i-th of which gives k + i.
+
+    An odd one succeeds in its first step and in no other; an even one says no word of success, as none does if
+    `reports` is False. An episode that follows without a seed is another one: it gives 1000 a step and succeeds.
+    """
+
+    observation_space, action_space = gym.spaces.Box(-1, 1, (1,)), gym.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, reports=True):
+        self.reports = reports
+
+    def reset(self, seed=None, options=None):
+        self.k, self.steps = None if seed is None else seed - 1_000_000, 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        obs = np.zeros(1, np.float32)
+        if self.k is None:
+            return obs, 1000.0, self.steps == 50, False, {"success": np.True_} if self.reports else {}
+        ended = self.steps == 1 + self.k % 5
+        info = {"success": np.bool_(self.steps == 1)} if self.reports and self.k % 2 else {}
+        return obs, float(self.k + self.steps), ended and self.k % 3 == 0, ended and self.k % 3 > 0, info
+
+
+def box(*bounds):
+    return gym.spaces.Box(*np.array(bounds, np.float32))
+
+
+UNFIT_ACTIONS = {
+    "ZeroWidth": box([-1, 0], [1, 0]),
+    "HalfOpen": box([-1, 0], [1, np.inf]),
+    "Discrete": gym.spaces.Discrete(3),
+    "Matrix": gym.spaces.Box(-1, 1, (2, 2)),
+    "Int": gym.spaces.Box(-100, 100, (2,), np.int8),
 }
+KINDS = {"Tiny": Tiny, "Dark": Tiny, "Silent": Tiny, "Ending": Ending, "Unstable": Unstable, "Unpaid": Unstable}
+KINDS |= {"Parts": Parts, "Image": Image}
+for name, kind in KINDS.items():
+    gym.register(f"{name}-v0", entry_point=f"tiny_env:{kind.__name__}", max_episode_steps=10)
 gym.register("Endless-v0", entry_point=Tiny)
-gym.register("Ending-v0", entry_point="tiny_env:Ending", max_episode_steps=10)
-gym.register("Unstable-v0", entry_point="tiny_env:Unstable", max_episode_steps=10)
-for name, kwargs in VARIANTS.items():
-    gym.register(f"{name}-v0", entry_point=Tiny, max_episode_steps=10, kwargs=kwargs)
+gym.register(
+    "Wide-v0", entry_point=Tiny, max_episode_steps=10, kwargs={"observation_space": gym.spaces.Box(-9, 9, (4,))}
+)
+for name, space in UNFIT_ACTIONS.items():
+    gym.register(f"{name}-v0", entry_point=Tiny, max_episode_steps=10, kwargs={"action_space": space})
 
 
-def write_dataset(dataset_id, episodes=4, seed=0):
-    """Random episodes of ten steps, each of which ends in a termination, into the Minari root."""
-    import minari  # here, because the environments do without
-    from minari.data_collector import EpisodeBuffer
+def episode(steps=10, seed=0, **arrays):
+    """An episode as Tiny-v0 has them, but for these `arrays`."""
+    rng, last = np.random.default_rng(seed), np.arange(steps) == steps - 1
+    observations = rng.normal(size=(steps + 1, 3)).astype(np.float32)
+    actions, rewards = rng.uniform(-1, 1, (steps, 2)).astype(np.float32), rng.normal(size=steps)
+    good = {"observations": observations, "actions": actions, "rewards": rewards}
+    return EpisodeBuffer(**{**good, "terminations": last & False, "truncations": last, **arrays})
 
-    rng, buffers = np.random.default_rng(seed), []
-    for _ in range(episodes):
-        arrays = {
-            "observations": rng.normal(size=(11, 3)).astype(np.float32),
-            "actions": rng.uniform(-1, 1, (10, 2)).astype(np.float32),
-            "rewards": rng.normal(size=10),
-            "terminations": np.arange(10) == 9,
-            "truncations": np.zeros(10, bool),
-        }
-        buffers.append(EpisodeBuffer(**arrays))
-    minari.create_dataset_from_buffers(dataset_id, buffers, observation_space=OBSERVATIONS, action_space=ACTIONS)
+
+def write(dataset_id, *episodes, observation_space=OBSERVATIONS, action_space=ACTIONS, **more):
+    """A dataset in the Minari root."""
+    spaces = {"observation_space": observation_space, "action_space": action_space}
+    return minari.create_dataset_from_buffers(dataset_id, list(episodes), **spaces, **more)
