@@ -27,6 +27,9 @@ import iql_continuous as iql  # noqa: E402
 COLORS = ("#0072B2", "#D55E00", "#009E73")  # Okabe and Ito's, for all eyes
 
 
+WHAT = {"S": "start S", "M": "crossing M", "G": "goal G", "P": "side P", "E": "entrance E", "D": "dead end D"}
+
+
 def load_policy(path):
     """The environment's id and the policy of a checkpoint."""
     saved = iql.load(path)
@@ -91,9 +94,10 @@ def draw_expectile():
             values = [Maze.ENDS.get(name, v.item()) for name, v in zip(Maze.CELLS, agent.vf(cells), strict=True)]
         points = ax.scatter(*cells.T, c=values, cmap="viridis", vmin=0, vmax=1, s=600, zorder=2)
         for (name, xy), value in zip(Maze.CELLS.items(), values, strict=True):
-            prize = f"prize {Maze.ENDS[name]:g}" if name in Maze.ENDS else f"V {value:.2f}"
-            offset = (0, 19 if xy[1] > 0 else -27)
-            ax.annotate(f"{name}, {prize}", xy, offset, textcoords="offset points", ha="center", fontsize=9)
+            worth = f"prize {Maze.ENDS[name]:g}" if name in Maze.ENDS else f"V {value:.2f}"
+            offset, va = ((0, 17), "bottom") if xy[1] > 0 else ((0, -17), "top")
+            text = f"{WHAT[name]}\n{worth}"
+            ax.annotate(text, xy, offset, textcoords="offset points", ha="center", va=va, fontsize=8)
         obs, done, path = env.reset()[0], False, [Maze.CELLS["S"]]
         while not done and len(path) < 8:
             obs, _, done, _, _ = env.step(agent.actor.act(obs[None])[0])
@@ -101,7 +105,7 @@ def draw_expectile():
         for start, end in zip(path, path[1:], strict=False):
             arrow = {"arrowstyle": "-|>", "color": COLORS[1], "linewidth": 2.5}
             ax.annotate("", end, start, arrowprops=arrow, zorder=3)
-        ax.set(title=f"expectile {expectile}", xlim=(-1.55, 1.55), ylim=(-1.8, 1.8))
+        ax.set(title=f"expectile {expectile}", xlim=(-1.55, 1.55), ylim=(-1.9, 1.8))
         ax.set_xticks([])
         ax.set_yticks([])
     figure.colorbar(points, ax=axes[2], label="V")
