@@ -25,8 +25,6 @@ from maze import Maze, maze_transitions  # noqa: E402
 import iql_continuous as iql  # noqa: E402
 
 COLORS = ("#0072B2", "#D55E00", "#009E73")  # Okabe and Ito's, for all eyes
-
-
 WHAT = {"S": "start S", "M": "crossing M", "G": "goal G", "P": "side P", "E": "entrance E", "D": "dead end D"}
 
 
