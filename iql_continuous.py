@@ -531,14 +531,14 @@ if __name__ == "__main__":
             args.dataset_id, args.max_episodes = inherited["dataset_id"], args.max_episodes or inherited["max_episodes"]
     args.reward_scale = inherited["reward_scale"] if args.reward_scale is None else args.reward_scale
     args.reward_shift = inherited["reward_shift"] if args.reward_shift is None else args.reward_shift
-    transitions, measured, fingerprint = {}, {}, None
+    transitions, scores, fingerprint, author = {}, {}, None, None
     if args.total_updates > 0 or not saved:
         dataset = load_dataset(args.env_id, args.dataset_id)
         args.dataset_id = args.dataset_id or dataset.id
         transitions, dataset_returns = load_transitions(dataset, env, args.max_episodes)
         fingerprint = [zlib.crc32(column) for column in transitions.values()]
-        scores = tuple(dataset.storage.metadata.get(name) for name in ("ref_min_score", "ref_max_score"))
-        reference = reference if task or None in scores else scores
+        low, high, author = map(dataset.storage.metadata.get, ("ref_min_score", "ref_max_score", "author"))
+        reference = reference if task or None in (low, high) else (low, high)
         obs = transitions["observations"]
         if args.normalize_obs and not saved:
             std = np.where(np.ptp(obs, 0) > 0, obs.std(0) + 1e-3, 1.0)  # what never changes keeps its scale
@@ -550,8 +550,8 @@ if __name__ == "__main__":
         transitions["rewards"] = (transitions["rewards"] + args.reward_shift) * args.reward_scale
         rng = np.random.default_rng(EVAL_SEED)
         random_returns, _ = evaluate(envs, lambda _: rng.uniform(-1, 1, envs.action_space.shape), 20)
-        measured["dataset"] = {"transitions": len(obs), **summarize(dataset_returns, None, reference)}
-        measured["random"] = summarize(random_returns, None, reference)
+        scores["dataset"] = {"transitions": len(obs), **summarize(dataset_returns, None, reference)}
+        scores["random"] = summarize(random_returns, None, reference)
     source = args.dataset_id if transitions else args.checkpoint
     agent.to(device)
     _, actor_optimizer, _ = optimizers = make_optimizers(agent, args.learning_rate)
@@ -578,13 +578,13 @@ if __name__ == "__main__":
     if args.track:
         names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_name, "id": run_name}
         wandb.init(**names, resume="allow", sync_tensorboard=True, config=vars(args), save_code=True)
-    (run_dir / "args.tmp").write_text(json.dumps({"args": vars(args), **measured}, indent=2))
-    os.replace(run_dir / "args.tmp", run_dir / "args.json")
+    (run_dir / "tmp").write_text(json.dumps({"args": vars(args), "author": author} | scores, indent=2, default=sorted))
+    os.replace(run_dir / "tmp", run_dir / "args.json")
     writer = SummaryWriter(run_dir, purge_step=first_step)
     hyperparameters = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{hyperparameters}")
     print(f"{run_dir}: {args.env_id} with {source} on {device}, from update {first_step}")
-    for name, summary in measured.items():
+    for name, summary in scores.items():
         print(f"{name}: {describe(summary)}", flush=True)
 
     # one update on a batch drawn from the dataset: all of it happens on the device
