@@ -37,9 +37,9 @@ def minari_root(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Minari wants an author, an e-mail address and more
         patch.setenv("MINARI_DATASETS_PATH", str(root))
-        ends = {"terminations": np.arange(10) == 9, "truncations": np.zeros(10, bool)}
-        write("tiny/good-v0", *(episode(seed=seed, **ends) for seed in range(4)))
-        write("tiny/other-v0", *(episode(seed=seed, **ends) for seed in range(4, 11)))
+        ends = [{"terminations": np.arange(10) == 9, "truncations": np.zeros(10, bool)}, {}]
+        write("tiny/good-v0", *(episode(seed=seed, **ends[seed % 2]) for seed in range(4)))
+        write("tiny/other-v0", *(episode(seed=seed, **ends[0]) for seed in range(4, 11)))
         yield root
 
 

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pickle
+import re
 import runpy
 import shutil
 import subprocess
@@ -62,35 +63,14 @@ def test_an_evaluation_counts_each_episode_to_its_end_and_no_further(vector, num
 
 
 # WHAT IS READ
-def test_transitions_never_cross_an_episode_and_truncations_are_no_terminations(own_root):
-    """Returns are of the time limit's ten steps."""
-    T, episodes = 12, []
-    for k, terminated in enumerate((True, False, True)):
-        count, last = 100.0 * k + np.arange(T + 1), np.arange(T) == T - 1
-        arrays = {"observations": np.stack([count, -count, count], 1).astype(np.float32), "rewards": count[:-1]}
-        arrays |= {"terminations": last & terminated, "truncations": last & (not terminated)}
-        episodes.append(episode(T, **arrays))
-    transitions, returns = iql.load_transitions(write("odd/set-v0", *episodes), tiny(), max_episodes=2)
-    count = np.array([*range(12), *range(100, 112)])
-    assert (transitions["observations"] == np.stack([count, -count, count], 1)).all()
-    assert (transitions["next_observations"] == np.stack([count + 1, -count - 1, count + 1], 1)).all()
-    assert transitions["rewards"].tolist() == count.tolist()
-    assert transitions["terminations"].tolist() == 11 * [0] + [1] + 12 * [0]
-    assert returns.tolist() == [45, 1045]
-    # float32 would not do for statistics of large numbers
-    assert all(column.dtype == np.float64 for column in transitions.values())
-
-
 def test_actions_are_read_in_the_unit_that_they_were_recorded_in(own_root):
     """Tiny-v0 takes [-2, 0] to [2, 1]; a wrapper around it may take others."""
-    bound = 1 - 1e-5  # the official code's
-    for name, space in (("own", ACTIONS), ("rescaled", gym.spaces.Box(-1, 1, (2,)))):
-        low, high = space.low, space.high
-        actions = np.array([low, high, (low + high) / 2, 0.25 * low + 0.75 * high, high + 1, low - 1])
-        dataset = write(f"odd/{name}-v0", episode(6, actions=actions), action_space=space)
-        transitions, _ = iql.load_transitions(dataset, tiny())
-        read = np.array([-bound, bound, 0, 0.5, bound, -bound])
-        np.testing.assert_allclose(transitions["actions"], np.stack([read, read], 1), rtol=0, atol=1e-7)
+    low, bound = np.array([-1, 0]), 1 - 1e-5  # the official code's
+    actions = np.array([low, [1, 0.5], [0, 0.25], [0.5, 0.375], [9, 9], [-9, -9]])
+    dataset = write("odd/set-v0", episode(6, actions=actions), action_space=tiny_env.box(low, [1, 0.5]))
+    read = np.array([-bound, bound, 0, 0.5, bound, -bound])
+    found = iql.load_transitions(dataset, tiny())[0]["actions"]
+    np.testing.assert_allclose(found, np.stack([read, read], 1), rtol=0, atol=1e-7)
 
 
 def test_an_image_and_a_dict_are_flattened_as_the_environment_flattens_them(own_root):
@@ -118,8 +98,8 @@ def pen_episode(heights, **arrays):
 def test_an_episode_of_pen_ends_where_d4rl_ends_it_as_a_termination(own_root):
     """What follows is left out, of the score too, and an episode that begins on the ground altogether."""
     high, ground, limit, env = 0.2, 0.074, 0.075, iql.make_env("AdroitHandPen-v1")()
-    box = gym.spaces.Box(-np.inf, np.inf, (45,), np.float64), env.action_space
-    spaces = dict(zip(("observation_space", "action_space"), box, strict=True))
+    box = gym.spaces.Box(-np.inf, np.inf, (45,), np.float64)
+    spaces = {"observation_space": box, "action_space": env.action_space}
     dropped = pen_episode([high, limit, high, ground, ground, high])
     episodes = [dropped, pen_episode([ground, ground, high]), pen_episode([high, high, limit])]
     episodes.append(pen_episode([high, high, ground], terminations=np.array([False, True])))
@@ -134,10 +114,9 @@ def test_an_episode_of_pen_ends_where_d4rl_ends_it_as_a_termination(own_root):
     # sets that follow the rule stay as they are, and so does what is no pen
     bundled = iql.load_dataset("AdroitHandPen-v1", "bundled/pen/demos-v0")
     transitions, returns = iql.load_transitions(bundled, env)
-    everything = list(bundled.iterate_episodes())
-    assert len(returns) == 25 == len(everything) and len(transitions["rewards"]) == bundled.total_steps
-    assert (transitions["terminations"] == np.concatenate([e.terminations for e in everything])).all()
-    gym.register("NoPen-v0", entry_point=lambda: tiny_env.Tiny(*box), max_episode_steps=10)
+    terminations = np.concatenate([e.terminations for e in bundled.iterate_episodes()])
+    assert len(returns) == 25 and (transitions["terminations"] == terminations).all()
+    gym.register("NoPen-v0", entry_point=lambda: tiny_env.Tiny(*spaces.values()), max_episode_steps=10)
     transitions, returns = iql.load_transitions(dataset, iql.make_env("NoPen-v0")())
     assert returns.tolist() == [15, 3, 3, 3] and transitions["terminations"].sum() == 1
     dataset = write("odd/ground-v0", *2 * [pen_episode([ground, high])], **spaces)
@@ -194,20 +173,21 @@ def edit(data, **metadata):
 
 
 BROKEN = {
-    "no folder": (shutil.rmtree, "doesn't exist"),
-    "no data": (lambda data: (data / "main_data.hdf5").unlink(), "is not all at .*odd/set-v0 yet"),
+    "no folder": (shutil.rmtree, "opened.*doesn't exist"),
+    "no data": (lambda data: (data / "main_data.hdf5").unlink(), "opened, or is not all at .*odd/set-v0 yet"),
     "cut data": (lambda data: os.truncate(data / "main_data.hdf5", 9000), "truncated file"),
     "no metadata": (lambda data: (data / "metadata.json").unlink(), "No data found"),
     "cut metadata": (lambda data: os.truncate(data / "metadata.json", 100), "JSONDecodeError"),
     "of another Minari": (lambda data: edit(data, minari_version="99.0"), "generated by Minari 99.0"),
-    "empty metadata": (lambda data: (data / "metadata.json").write_text("{}"), ""),
-    "fewer episodes": (lambda data: edit(data, total_episodes=2), "episode_1"),
+    "empty metadata": (lambda data: (data / "metadata.json").write_text("{}"), "opened"),
+    "fewer episodes": (lambda data: edit(data, total_episodes=2), "read: .*episode_1"),
+    "locked by HDF5": (lambda data: fcntl.flock(os.open(data / "main_data.hdf5", 0), fcntl.LOCK_EX), "read: .*lock"),
 }
 
 
 @pytest.mark.parametrize("how", BROKEN)
 def test_a_broken_dataset_is_named_and_nobody_is_told_to_delete_it(how, own_root):
-    """Another process may be downloading it."""
+    """Another process may be downloading it, or somebody else may be writing it."""
     change, telling = BROKEN[how]
     write("odd/set-v0", episode())
     change(own_root / "odd" / "set-v0" / "data")
@@ -216,13 +196,11 @@ def test_a_broken_dataset_is_named_and_nobody_is_told_to_delete_it(how, own_root
     assert "delete" not in str(error.value)
 
 
-def test_nothing_else_is_to_be_deleted(own_root, monkeypatch):
-    """Not what somebody else writes at the moment, what needs another package, and what may not be read."""
+def test_what_cannot_be_opened_for_another_reason_keeps_it(own_root, monkeypatch):
     write("odd/set-v0", episode())
-    with open(own_root / "odd" / "set-v0" / "data" / "main_data.hdf5") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # as HDF5 does
-        with pytest.raises(SystemExit, match="^odd/set-v0 cannot be read: .*lock"):
-            iql.load_transitions(iql.load_dataset("Tiny-v0", "odd/set-v0"), tiny())
+    for folder in ("odd", str(own_root), "bundled/pen"):  # no dataset
+        with pytest.raises(SystemExit, match="cannot be"):
+            iql.load_dataset("Tiny-v0", folder)
     edit(own_root / "odd" / "set-v0" / "data", data_format="arrow")
     monkeypatch.setitem(sys.modules, "pyarrow", None)  # not installed
     with pytest.raises(ImportError, match="pip install"):
@@ -232,36 +210,30 @@ def test_nothing_else_is_to_be_deleted(own_root, monkeypatch):
         iql.load_dataset("Tiny-v0", "odd/set-v0")
 
 
-@pytest.mark.parametrize("dataset_id", ["odd", "{root}", "bundled/pen"])
-def test_a_folder_that_is_no_dataset_is_not_to_be_deleted(dataset_id, own_root):
-    write("odd/set-v0", episode())
-    with pytest.raises(SystemExit) as error:
-        iql.load_dataset("Tiny-v0", dataset_id.format(root=own_root))
-    assert "delete" not in str(error.value)
+SHAPES = [("observations", (11, 4)), ("observations", (10, 3)), ("actions", (10, 3)), ("actions", (11, 2))]
+SHAPES += [("actions", (10,)), ("rewards", (10, 1)), ("terminations", (11,))]
+PARTS = [("Tiny", "za", 11), ("Parts", "z", 11), ("Parts", "za", 10)]
+NOT_FINITE = [("observations", -2, np.nan), ("next_observations", -1, np.inf), ("rewards", 0, np.nan)]
+NOT_FINITE += [("actions", 0, np.nan), ("actions", 0, -np.inf)]
 
 
-OF_OTHER_SHAPES = [("observations", (11, 4)), ("observations", (10, 3)), ("actions", (10, 3)), ("actions", (11, 2))]
-OF_OTHER_SHAPES += [("actions", (10,)), ("rewards", (10, 1)), ("terminations", (11,))]
-
-
-def test_a_dataset_that_does_not_fit_is_refused(own_root):
-    for k, (name, shape) in enumerate(OF_OTHER_SHAPES):
-        dataset = write(f"odd/misfit-v{k}", episode(), episode(**{name: np.zeros(shape, np.float32)}))
-        with pytest.raises(SystemExit) as error:
-            iql.load_transitions(dataset, tiny())
-        assert f"odd/misfit-v{k} does not fit Tiny-v0" in str(error.value) and str(shape) in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("env_id", "keys", "steps"),
-    [("tiny_env:Tiny", "za", 11), ("tiny_env:Parts", "z", 11), ("tiny_env:Parts", "za", 10)],
-)
-def test_a_dict_that_does_not_fit_is_refused(env_id, keys, steps, own_root):
-    space = gym.spaces.Dict({key: Parts.observation_space[key] for key in keys})
-    parts = {key: np.zeros((steps, *part.shape), np.float32) for key, part in space.items()}
-    dataset = write("odd/set-v0", episode(observations=parts), observation_space=space)
-    with pytest.raises(SystemExit, match="odd/set-v0 does not fit"):
-        iql.load_transitions(dataset, iql.make_env(f"{env_id}-v0")())
+def test_a_dataset_that_does_not_fit_or_is_not_finite_is_refused(own_root):
+    cases = []
+    for name, shape in SHAPES:
+        telling = f"does not fit Tiny-v0: .*{re.escape(str(shape))}"
+        cases.append(("Tiny", [episode(), episode(**{name: np.zeros(shape, np.float32)})], OBSERVATIONS, telling))
+    for kind, keys, steps in PARTS:
+        space = gym.spaces.Dict({key: Parts.observation_space[key] for key in keys})
+        parts = {key: np.zeros((steps, *part.shape), np.float32) for key, part in space.items()}
+        cases.append((kind, [episode(observations=parts)], space, "does not fit"))
+    for name, place, value in NOT_FINITE:
+        wrong = episode()
+        getattr(wrong, name.removeprefix("next_"))[place] = value
+        cases.append(("Tiny", [episode(), wrong], OBSERVATIONS, f"holds NaN or infinity in its {name}"))
+    for k, (kind, episodes, space, telling) in enumerate(cases):
+        dataset = write(f"odd/set-v{k}", *episodes, observation_space=space)
+        with pytest.raises(SystemExit, match=f"^odd/set-v{k} {telling}"):
+            iql.load_transitions(dataset, iql.make_env(f"tiny_env:{kind}-v0")())
 
 
 UNREADABLE = [gym.spaces.Discrete(3), gym.spaces.MultiBinary(3), gym.spaces.Tuple([OBSERVATIONS])]
@@ -288,19 +260,6 @@ def test_a_dataset_in_other_spaces_is_refused(own_root):
     good.iterate_episodes = lambda *_: []
     with pytest.raises(SystemExit, match="^odd/set-v0 holds no episode: use another dataset"):
         iql.load_transitions(good, tiny())
-
-
-NAN, INFINITY = float("nan"), float("inf")
-UNFINITE = [("observations", -2, NAN), ("next_observations", -1, INFINITY), ("rewards", 0, NAN), ("actions", 0, NAN)]
-
-
-@pytest.mark.parametrize("name, place, value", [*UNFINITE, ("actions", 0, INFINITY)])
-def test_a_dataset_that_is_not_finite_is_refused(name, place, value, own_root):
-    wrong = episode()
-    getattr(wrong, name.removeprefix("next_"))[place] = value
-    dataset = write("odd/set-v0", episode(), wrong)
-    with pytest.raises(SystemExit, match=f"odd/set-v0 holds NaN or infinity in its {name}"):
-        iql.load_transitions(dataset, tiny())
 
 
 class Hostile:

@@ -200,9 +200,9 @@ def test_a_checkpoint_gives_statistics_units_and_data_where_nothing_else_is_aske
     path, before, normalize = beginning
     flags = f"--env-id tiny_env:Ending-v0 --checkpoint {path} {FLAGS[script]}"
     own = {"dataset_id": "tiny/good-v0", "max_episodes": 3, "reward_scale": 0.125, "reward_shift": -0.5}
-    other = {"dataset_id": "tiny/other-v0", "max_episodes": None, "reward_scale": 0.5, "reward_shift": -0.5}
+    other = {"dataset_id": "tiny/other-v0", "max_episodes": None, "reward_scale": 0.5, "reward_shift": 0.0}
     asked = {"": own, "--max-episodes 2": {**own, "max_episodes": 2}}
-    asked["--dataset-id tiny/other-v0 --reward-scale 0.5"] = other
+    asked["--dataset-id tiny/other-v0 --reward-scale 0.5 --reward-shift 0"] = other
     for k, (more, units) in enumerate(asked.items()):
         printed = run(script, tmp_path / str(k), f"{flags} --dataset-id None {more}")
         saved, written = saved_by(tmp_path / str(k)), written_by(tmp_path / str(k))
