@@ -1,6 +1,6 @@
 """Milliseconds of one training step, sampling included: ours, the matrix products alone, d3rlpy's and TorchRL's IQL.
 
-    python tests/benchmark_updates.py --threads 1
+    python docs/benchmark_updates.py --threads 1
 
 They take turns, so that their ratios survive a machine whose speed drifts. The bound is the 44 matrix products of one
 update, forward and backward, written into memory that is already there. A library that is not installed is left out;
