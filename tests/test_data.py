@@ -18,14 +18,13 @@ import numpy as np
 import pytest
 import tiny_env
 import torch
-from processes import ROOT, SCRIPTS, refused, run, run_dir, saved_by
+from processes import NOTHING, ROOT, SCRIPTS, by_script, refused, run, run_dir, saved_by
 from tiny_env import ACTIONS, OBSERVATIONS, UNFIT_ACTIONS, Parts, episode, write
 
 import iql_continuous as iql
 import iql_finetune
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Minari wants an author, an e-mail address and more
-by_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
 def tiny():
@@ -291,7 +290,6 @@ def test_a_checkpoint_that_does_not_do_is_refused_and_nothing_in_it_is_executed(
 
 
 # BY WHOLE RUNS
-NOTHING = {"iql_continuous": "--total-updates 0", "iql_finetune": "--offline-updates 0 --online-steps 0"}
 
 
 @by_script

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import SCRIPTS, run, run_dir, saved_by
+from processes import by_script, run, run_dir, saved_by
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributions import Normal
 
@@ -124,7 +124,7 @@ def cosine(done, total):
     return RATE * 0.5 * (1 + math.cos(math.pi * done / total))
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@by_script
 def test_an_offline_run(script, tmp_path):
     """The data are normalized here, and the last episode is left out."""
     length = "--online-steps 0 --offline-updates" if script == "iql_finetune" else "--total-updates"

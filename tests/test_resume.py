@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from processes import ROOT, SCRIPTS, finish, refused, run, run_dir, saved_by, start, wait_until
+from processes import NOTHING, ROOT, SCRIPTS, by_script, finish, refused, run, run_dir, saved_by, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_variant import assert_same
 from tiny_env import episode, write
@@ -27,7 +27,6 @@ FLAGS = {"iql_continuous": "", "iql_finetune": "--offline-updates 120 --online-s
 ONLINE = "--offline-updates 20 --online-steps 60 --learning-starts 10"
 MORE = {"iql_continuous": "--total-updates", "iql_finetune": "--online-steps"}
 TEN = {"iql_continuous": "--total-updates 10", "iql_finetune": "--offline-updates 10 --online-steps 0"}
-by_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
 class Killed(BaseException):
@@ -115,35 +114,34 @@ def hanging(script, folder, arguments="", until="runs/*/checkpoint.pt"):
     folder.mkdir(exist_ok=True)
     (folder / "hang").write_text(until)
     process, pid = start(script, folder, arguments), folder / "hanging"
-    wait_until(lambda: pid.exists() and pid.read_text().endswith(" "), process)
+    while not (pid.exists() and pid.read_text().endswith(" ")):
+        assert os.waitpid(process.pid, os.WNOHANG) == (0, 0), finish(process)
     return process, int(pid.read_text())
 
 
-def ended(process, send, signum, folder, returncode):
+def ended(process, send, signum, folder, status):
     """What a process that hangs says on stderr when it, or one that it forked, is sent a signal."""
     send(process.pid, signum)
     (folder / "hang").unlink()  # Python sees a signal that comes just before a blocking read only after it
-    done = finish(process)  # waits for all that it forked: nothing is left behind
-    assert done.returncode == returncode, done.stderr
-    return done.stderr
+    returncode, said = finish(process)  # waits for all that it forked: nothing is left behind
+    assert returncode == status, said
+    return said
 
 
 def test_a_kill_or_a_stop_signal_changes_no_bit_and_the_signal_gets_a_sentence(straight, tmp_path):
     """They come in an evaluation, or, online, in the loop's own environment."""
     script, flags, folder = straight
-    where = "loop" if flags == ONLINE else ""
-    process, pid = hanging(script, tmp_path / "killed", flags, f"runs/*/checkpoint.pt {where}")
-    assert (pid == process.pid) == (where == "loop")
-    ended(process, os.kill, signal.SIGKILL, tmp_path / "killed", -signal.SIGKILL)
-    process, _ = hanging(script, tmp_path / "stopped", flags, f"runs/*/checkpoint.pt {where}")
+    until = "runs/*/checkpoint.pt loop" if flags == ONLINE else "runs/*/checkpoint.pt"
     send, signum = (os.killpg, signal.SIGINT) if flags == FLAGS["iql_finetune"] else (os.kill, signal.SIGTERM)
-    said = ended(process, send, signum, tmp_path / "stopped", 128 + signum)
-    name = run_dir(tmp_path / "stopped").name
-    assert said.splitlines()[-1] == f"Stopped: go on with python {ROOT / script}.py --resume runs/{name}"
-    assert "Traceback" not in said and said.count("Stopped") == 1
-    for kind in ("killed", "stopped"):
+    for kind, how in (("killed", (os.kill, signal.SIGKILL)), ("stopped", (send, signum))):
+        process, pid = hanging(script, tmp_path / kind, flags, until)
+        assert (pid == process.pid) == (flags == ONLINE)
+        said = ended(process, *how, tmp_path / kind, -signal.SIGKILL if kind == "killed" else 128 + signum)
+        name = run_dir(tmp_path / kind).name
         resume(script, tmp_path / kind)
         assert_same_result(tmp_path / kind, folder)
+    assert said.splitlines()[-1] == f"Stopped: go on with python {ROOT / script}.py --resume runs/{name}"
+    assert "Traceback" not in said and said.count("Stopped") == 1
 
 
 def test_a_signal_before_the_first_evaluation_leaves_nothing_and_one_to_a_worker_ends_the_run(tmp_path):
@@ -221,12 +219,11 @@ def test_what_would_make_another_run_is_refused(script, tmp_path):
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Minari wants an author, an e-mail address and more
 @by_script
 def test_a_dataset_that_was_recorded_again_is_refused_and_one_that_moved_is_not(script, own_root, tmp_path):
-    length = {"iql_continuous": "--total-updates 0", "iql_finetune": "--offline-updates 0 --online-steps 0"}[script]
     path, copied = own_root / "some" / "set-v0", own_root / "copied"
     write("some/set-v0", episode(seed=1), episode(seed=2))
     shutil.copytree(path, copied)
     for k, name in enumerate((copied, "copied", "some/set-v0")):  # in the copy, there still is the other id
-        run(script, tmp_path / str(k), f"{length} --dataset-id {name}")
+        run(script, tmp_path / str(k), f"{NOTHING[script]} --dataset-id {name}")
         assert saved_by(tmp_path / str(k))["args"]["dataset_id"] == str(name)
         resume(script, tmp_path / str(k), f"{MORE[script]} 11")
     directory, again = run_dir(tmp_path / "2"), episode(seed=2)

@@ -15,7 +15,7 @@ import numpy as np
 import processes
 import pytest
 import torch
-from processes import ROOT, SCRIPTS, refused, run, run_dir, saved_by
+from processes import NOTHING, ROOT, SCRIPTS, by_script, refused, run, run_dir, saved_by
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import iql_continuous
@@ -24,9 +24,7 @@ FLAGS = {
     "iql_continuous": "--env-id tiny_env:Ending-v0 --total-updates 60",
     "iql_finetune": "--env-id tiny_env:Ending-v0 --offline-updates 20 --online-steps 40 --learning-starts 10",
 }
-NOTHING = {"iql_continuous": "--total-updates 0", "iql_finetune": "--offline-updates 0 --online-steps 0"}
 LENGTH = {"iql_continuous": "--total-updates", "iql_finetune": "--offline-updates 0 --learning-starts 0 --online-steps"}
-by_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)
