@@ -43,8 +43,7 @@ def finished(request, tmp_path_factory):
 
 
 def rows_of(folder):
-    with open(run_dir(folder) / "evaluations.csv") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader((run_dir(folder) / "evaluations.csv").open()))
 
 
 def events_of(folder):
@@ -55,20 +54,16 @@ def written_by(folder):
     return json.loads((run_dir(folder) / "args.json").read_text())
 
 
-def equal_bits(a, b):
-    return all(torch.equal(a["agent"][name], b["agent"][name]) for name in a["agent"])
-
-
 def test_only_the_seed_changes_the_bits(finished, tmp_path):
     """Not how often one evaluates, with how many environments, on how many episodes, and what a CPU has no use for."""
     script, folder, _ = finished
     other = "--eval-frequency 1000 --eval-episodes 3 --final-episodes 4 --eval-envs 3 --cudagraphs"
-    run(script, tmp_path / "seldom", f"{FLAGS[script]} --seed 4 {other}")
-    run(script, tmp_path / "seed", f"{FLAGS[script]} --seed 5")
-    assert equal_bits(saved_by(folder), saved_by(tmp_path / "seldom"))
-    assert not equal_bits(saved_by(folder), saved_by(tmp_path / "seed"))
+    for seed, more in (("4", other), ("5", "")):
+        run(script, tmp_path / seed, f"{FLAGS[script]} --seed {seed} {more}")
+        agents = [saved_by(path)["agent"] for path in (folder, tmp_path / seed)]
+        assert all(torch.equal(agents[0][name], agents[1][name]) for name in agents[0]) == (seed == "4")
     ends = [0, 60] if script == "iql_continuous" else [0, 20, 60]
-    assert [row["global_step"] for row in saved_by(tmp_path / "seldom")["evaluations"]] == ends
+    assert [row["global_step"] for row in saved_by(tmp_path / "4")["evaluations"]] == ends
 
 
 def test_evaluations_are_the_same_in_the_table_the_checkpoint_tensorboard_and_the_output(finished):
@@ -139,7 +134,7 @@ def test_losses_are_logged_between_evaluations_too_and_there_is_no_regret_withou
 
 
 @pytest.mark.parametrize("script, expectile, scale", [("iql_continuous", 0.7, 0.05), ("iql_finetune", 0.8, 0.005)])
-def test_adroit_has_its_settings_under_every_name_and_d4rls_references(script, expectile, scale, tmp_path):
+def test_adroit_has_its_settings_under_every_name_and_d4rls_references(script, expectile, scale, tmp_path, monkeypatch):
     """The dataset has other reference scores, and no id but its path."""
     path = shutil.copytree(ROOT / "tests" / "datasets" / "bundled" / "pen" / "demos-v0", tmp_path / "pen")
     minari.MinariDataset(path / "data").storage.update_metadata({"ref_min_score": 0.0, "ref_max_score": 1.0})
@@ -155,30 +150,30 @@ def test_adroit_has_its_settings_under_every_name_and_d4rls_references(script, e
         assert float(found["normalized_score"]) == pytest.approx(score)
     # an evaluation of fewer episodes than the others is no best one
     assert [name.name for name in run_dir(tmp_path).glob("*.pt")] == ["checkpoint.pt"]
+    # the bundled set that takes the default one's place is named
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "none"))
+    assert "NOT D4RL" in run(script, tmp_path / "other", f"--env-id AdroitHandPen --dataset-id None {NOTHING[script]}")
+    written = written_by(tmp_path / "other")
+    assert (written["args"]["dataset_id"], written["author"]) == (
+        "bundled/pen/demos-v0",
+        ["the authors of the IQL reference scripts"],
+    )
 
 
-@by_script
-def test_the_bundled_set_that_takes_the_default_ones_place_is_named_in_args_json(script, own_root, tmp_path):
-    flags = f"--env-id AdroitHandPen-v1 --dataset-id None --max-episodes 1 {NOTHING[script]}"
-    assert "ITS SCORES ARE NOT D4RL SCORES" in run(script, tmp_path, flags)
-    assert written_by(tmp_path)["args"]["dataset_id"] == "bundled/pen/demos-v0"
-
-
-def test_best_pt_is_the_best_evaluation_on_the_start_states_that_all_share(finished, tmp_path):
+def test_best_pt_is_the_best_evaluation_on_the_start_states_that_all_share(finished):
     """Its policy is evaluated again. The last evaluation has more episodes, whose mean would win."""
     script, folder, _ = finished
-    best, last = saved_by(folder, "best.pt"), saved_by(folder)
+    best, last, scores = saved_by(folder, "best.pt"), saved_by(folder), []
     envs = gym.vector.SyncVectorEnv([iql_continuous.make_env(last["args"]["env_id"])] * 2)
-    agent = iql_continuous.Agent(3, 2, iql_continuous.Args())
-    agent.load_state_dict(best["agent"])
-    returns, _ = iql_continuous.evaluate(envs, agent.actor.act, 2)
-    assert best["best_return"] == last["best_return"] == pytest.approx(returns.mean())
-    means = {row["global_step"]: row["episodic_return"] for row in last["evaluations"]}
-    ordinary = {row["global_step"]: row["episodic_return"] for row in last["evaluations"] if row["episodes"] == 2}
-    agent.load_state_dict(last["agent"])
-    returns, _ = iql_continuous.evaluate(envs, agent.actor.act, 2)
-    assert max(ordinary, key=ordinary.get) == best["global_step"], (ordinary, returns.mean())
-    assert means[60] > best["best_return"] > returns.mean()
+    for saved in (best, last):
+        agent = iql_continuous.Agent(3, 2, iql_continuous.Args())
+        agent.load_state_dict(saved["agent"])
+        scores.append(iql_continuous.evaluate(envs, agent.actor.act, 2)[0].mean())
+    assert best["best_return"] == last["best_return"] == pytest.approx(scores[0])
+    rows = {row["global_step"]: row for row in last["evaluations"]}
+    ordinary = {step: row["episodic_return"] for step, row in rows.items() if row["episodes"] == 2}
+    assert max(ordinary, key=ordinary.get) == best["global_step"]
+    assert rows[60]["episodic_return"] > best["best_return"] > scores[1]
 
 
 @pytest.fixture(scope="module", params=[("iql_continuous", True), ("iql_finetune", False)])
@@ -190,60 +185,54 @@ def beginning(request, tmp_path_factory):
     return run_dir(folder) / "checkpoint.pt", saved_by(folder), normalize
 
 
-UNITS = "dataset_id max_episodes reward_scale reward_shift normalize_obs".split()
+def units_of(saved):
+    names = "dataset_id max_episodes reward_scale reward_shift normalize_obs".split()
+    return {name: saved["args"][name] for name in names}
 
 
 @by_script
 def test_a_checkpoint_gives_statistics_units_and_data_where_nothing_else_is_asked_for(script, beginning, tmp_path):
     path, before, normalize = beginning
-    flags = f"--env-id tiny_env:Ending-v0 --checkpoint {path} {FLAGS[script]}"
-    own = {"dataset_id": "tiny/good-v0", "max_episodes": 3, "reward_scale": 0.125, "reward_shift": -0.5}
+    flags = f"--env-id tiny_env:Ending-v0 --checkpoint {path} {FLAGS[script]} --dataset-id None"
     other = {"dataset_id": "tiny/other-v0", "max_episodes": None, "reward_scale": 0.5, "reward_shift": 0.0}
-    asked = {"": own, "--max-episodes 2": {**own, "max_episodes": 2}}
+    asked = {"": {}, "--max-episodes 2": {"max_episodes": 2}}
     asked["--dataset-id tiny/other-v0 --reward-scale 0.5 --reward-shift 0"] = other
-    for k, (more, units) in enumerate(asked.items()):
-        printed = run(script, tmp_path / str(k), f"{flags} --dataset-id None {more}")
-        saved, written = saved_by(tmp_path / str(k)), written_by(tmp_path / str(k))
-        assert {name: saved["args"][name] for name in UNITS} == {**units, "normalize_obs": normalize}
-        assert saved["args"].get("offline_updates", 0) == 0
+    for k, (more, given) in enumerate(asked.items()):
+        printed = run(script, tmp_path / str(k), f"{flags} {more}")
+        saved, found = saved_by(tmp_path / str(k)), written_by(tmp_path / str(k))["dataset"]
+        units = units_of(saved)
+        assert units == {**units_of(before), **given} and saved["args"].get("offline_updates", 0) == 0
         episodes = list(minari.load_dataset(units["dataset_id"]).iterate_episodes())[: units["max_episodes"]]
-        assert written["dataset"]["transitions"] == 10 * len(episodes)
         mean = np.mean([episode.rewards.sum() for episode in episodes])
-        assert written["dataset"]["episodic_return"] == pytest.approx(mean)
-        for name in ("actor.obs_mean", "actor.obs_std"):
-            assert torch.equal(saved["agent"][name], before["agent"][name])
+        assert (found["transitions"], found["episodic_return"]) == (10 * len(episodes), pytest.approx(mean))
+        obs_mean, obs_std = (before["agent"][f"actor.obs_{name}"] for name in ("mean", "std"))
+        assert torch.equal(saved["agent"]["actor.obs_mean"], obs_mean)
+        assert torch.equal(saved["agent"]["actor.obs_std"], obs_std)
         first = saved["evaluations"][0]
         assert first["global_step"] == 0 and first["episodic_return"] == before["evaluations"][-1]["episodic_return"]
         if script == "iql_finetune":
             assert f"before fine-tuning: {iql_continuous.describe(first)}\n" in printed
             row = np.fromfile(run_dir(tmp_path / str(k)) / "online.bin", np.float32)[:10]
             reward = row[5] / units["reward_scale"] - units["reward_shift"]
-            next_obs = row[6:9] * before["agent"]["actor.obs_std"].numpy() + before["agent"]["actor.obs_mean"].numpy()
-            assert reward == pytest.approx(-np.abs(next_obs).sum(), rel=1e-4)
+            assert reward == pytest.approx(-np.abs(row[6:9] * obs_std.numpy() + obs_mean.numpy()).sum(), rel=1e-4)
     if normalize:
         refused("leave out --no-normalize-obs", script, tmp_path / "x", f"{flags} --no-normalize-obs")
     refused("Ending-v0, not of tiny_env:Wide-v0", script, tmp_path / "x", f"{flags} --env-id tiny_env:Wide-v0")
     assert not (tmp_path / "x" / "runs").exists()
 
 
-@pytest.mark.parametrize("dataset_id", ["None", "no/such-v0"])
-def test_an_evaluation_alone_gives_the_score_again_and_passes_on_what_the_checkpoint_had(
-    dataset_id, beginning, tmp_path
-):
-    path, before, normalize = beginning
-    flags = f"--env-id tiny_env:Ending-v0 --checkpoint {path} --total-updates 0 --dataset-id {dataset_id}"
+@pytest.mark.parametrize("given", ["None", "no/such-v0"])
+def test_an_evaluation_alone_gives_the_score_again_and_passes_on_what_the_checkpoint_had(given, beginning, tmp_path):
+    path, before, _ = beginning
+    flags = f"--env-id tiny_env:Ending-v0 --checkpoint {path} --total-updates 0 --dataset-id {given}"
     printed = run("iql_continuous", tmp_path / "evaluated", flags)
-    saved = saved_by(tmp_path / "evaluated")
-    written = written_by(tmp_path / "evaluated")
+    saved, written = saved_by(tmp_path / "evaluated"), written_by(tmp_path / "evaluated")
     assert f" with {path}, seed 1: " in printed and not written.keys() & {"dataset", "random"}
     for name in ("episodic_return", "episodic_return_std", "success_rate", "episodes"):
         assert saved["evaluations"][0][name] == before["evaluations"][-1][name]
-    assert {name: saved["args"][name] for name in UNITS} == {name: before["args"][name] for name in UNITS}
     flags = f"--env-id tiny_env:Ending-v0 --checkpoint {run_dir(tmp_path / 'evaluated')}/best.pt --dataset-id None"
     run("iql_finetune", tmp_path / "tuned", flags)
-    assert {name: saved_by(tmp_path / "tuned")["args"][name] for name in UNITS} == {
-        name: before["args"][name] for name in UNITS
-    }
+    assert units_of(saved) == units_of(saved_by(tmp_path / "tuned")) == units_of(before)
 
 
 @by_script
@@ -262,22 +251,17 @@ def test_the_final_policy_is_filmed_for_one_episode(script, tmp_path, monkeypatc
 
 
 @by_script
-def test_two_runs_of_one_name_in_one_second_share_no_folder(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(time, "time", lambda: 1_800_000_000.5)
-    run(script, tmp_path, NOTHING[script])
-    with pytest.raises(FileExistsError):
-        run(script, tmp_path, NOTHING[script])
-    assert run_dir(tmp_path).name == f"tiny_env_Tiny-v0__{script}__1__1800000000"
-
-
-@by_script
-def test_there_is_one_thread_unless_the_user_says_otherwise(script, tmp_path, monkeypatch):
+def test_each_run_has_its_own_folder_and_one_thread_unless_the_user_says_otherwise(script, tmp_path, monkeypatch):
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    for value, folder in (("2", "given"), (None, "default")):
-        monkeypatch.setenv("OMP_NUM_THREADS", value) if value else monkeypatch.delenv("OMP_NUM_THREADS")
-        run(script, tmp_path / folder, NOTHING[script])
-        assert threads == ([] if value else [1])
+    monkeypatch.setattr(time, "time", lambda: 1_800_000_000.5)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    run(script, tmp_path, NOTHING[script])
+    assert not threads and run_dir(tmp_path).name == f"tiny_env_Tiny-v0__{script}__1__1800000000"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    with pytest.raises(FileExistsError):  # it is of the same name and second
+        run(script, tmp_path, NOTHING[script])
+    assert threads == [1]
 
 
 @by_script
