@@ -5,18 +5,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, and without a netwo
 
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import kill_started
+from processes import ROOT, kill_started
 from tiny_env import episode, write
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(ROOT))
 
 
 def pytest_addoption(parser):
-    parser.addoption("--script", help="an edited copy of iql_continuous.py: runs tests/test_variant.py on it, alone")
+    parser.addoption("--script", help="an edited copy of a script: tests/test_variant.py runs on it, alone")
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -33,14 +32,13 @@ def nothing_left_behind():
 @pytest.fixture(scope="session", autouse=True)
 def minari_root(tmp_path_factory):
     """Tests and what they start see this Minari root instead of the user's, with two datasets for Tiny-v0."""
-    root = tmp_path_factory.mktemp("minari")
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Minari wants an author, an e-mail address and more
-        patch.setenv("MINARI_DATASETS_PATH", str(root))
+        patch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
         ends = [{"terminations": np.arange(10) == 9, "truncations": np.zeros(10, bool)}, {}]
         write("tiny/good-v0", *(episode(seed=seed, **ends[seed % 2]) for seed in range(4)))
         write("tiny/other-v0", *(episode(seed=seed, **ends[0]) for seed in range(4, 11)))
-        yield root
+        yield
 
 
 @pytest.fixture

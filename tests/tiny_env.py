@@ -11,8 +11,12 @@ import minari
 import numpy as np
 from minari.data_collector import EpisodeBuffer
 
-OBSERVATIONS = gym.spaces.Box(-10, 10, (3,))
-ACTIONS = gym.spaces.Box(np.array([-2, 0], np.float32), np.array([2, 1], np.float32))
+
+def box(low, high):
+    return gym.spaces.Box(*np.array([low, high], np.float32))
+
+
+OBSERVATIONS, ACTIONS = gym.spaces.Box(-10, 10, (3,)), box([-2, 0], [2, 1])
 
 
 class Tiny(gym.Env):
@@ -29,7 +33,7 @@ class Tiny(gym.Env):
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
-        self.state = self.np_random.normal(size=3).astype(np.float32)
+        self.state, self.steps = self.np_random.normal(size=3).astype(np.float32), 0
         return self.state.copy(), {}
 
     def step(self, action):
@@ -40,9 +44,9 @@ class Tiny(gym.Env):
             Path("hanging").write_text(f"{os.getpid()} ")
             time.sleep(0.01)
         self.state[:2] += 0.1 * action
+        self.steps += 1
         distance = float(np.abs(self.state).sum())
-        info = {} if self.spec.id == "Silent-v0" else {"success": distance < 2}
-        return self.state.copy(), -distance, False, False, info
+        return self.state.copy(), -distance, False, False, {} if "Silent" in self.spec.id else {"success": distance < 2}
 
     def render(self):
         if self.spec.id == "Dark-v0":
@@ -58,12 +62,11 @@ class Ending(Tiny):
 
     def reset(self, seed=None, options=None):
         obs, info = super().reset(seed=seed)
-        self.steps, self.ends, self.more = 0, obs[0] > 0, 100.0 * (1_000_002 <= seed < 1_001_000) if seed else 0.0
+        self.ends, self.more = obs[0] > 0, 100.0 * (1_000_002 <= seed < 1_001_000) if seed else 0.0
         return obs, info
 
     def step(self, action):
         obs, reward, _, truncated, _ = super().step(action)
-        self.steps += 1
         success = self.ends and self.steps == 2
         return obs, reward + self.more, bool(self.ends and self.steps == 5), truncated, {"success": success}
 
@@ -72,31 +75,38 @@ class Unstable(Tiny):
     """Gives NaN in the third step of every second episode, but not of those that evaluations begin."""
 
     def reset(self, seed=None, options=None):
-        self.steps, self.breaks = 0, seed and seed % 2 == 0 and not 1_000_000 <= seed < 1_001_000
+        self.breaks = seed and seed % 2 == 0 and not 1_000_000 <= seed < 1_001_000
         return super().reset(seed=seed)
 
     def step(self, action):
         obs, reward, *more = super().step(action)
-        self.steps += 1
         if self.breaks and self.steps == 3:
             obs, reward = (obs, np.nan) if self.spec.id == "Unpaid-v0" else (obs * [1, np.nan, 1], reward)
         return obs, reward, *more
 
 
-class Parts(gym.Env):
+class Parts(Tiny):
     """Observations are a Dict whose keys are not in alphabetical order."""
 
-    observation_space = gym.spaces.Dict(OrderedDict(z=gym.spaces.Box(-5, 5, (1,)), a=gym.spaces.Box(-5, 5, (2, 2))))
-    action_space = gym.spaces.Box(-1, 1, (2,))
+    parts = gym.spaces.Dict(OrderedDict(z=gym.spaces.Box(-5, 5, (1,)), a=gym.spaces.Box(-5, 5, (1, 2))))
+
+    def __init__(self):
+        super().__init__(self.parts)
 
     def reset(self, seed=None, options=None):
-        return OrderedDict(z=np.array([1], np.float32), a=np.array([[2, 3], [4, 5]], np.float32)), {}
+        obs, info = super().reset(seed=seed)
+        return OrderedDict(z=obs[:1], a=obs[None, 1:]), info
+
+    def step(self, action):
+        obs, *more = super().step(action)
+        return OrderedDict(z=obs[:1], a=obs[None, 1:]), *more
 
 
-class Image(gym.Env):
+class Image(Tiny):
     """Observations are bytes."""
 
-    observation_space, action_space = gym.spaces.Box(0, 255, (4, 4, 3), np.uint8), gym.spaces.Box(-1, 1, (2,))
+    def __init__(self):
+        super().__init__(gym.spaces.Box(0, 255, (4, 4, 3), np.uint8))
 
     def reset(self, seed=None, options=None):
         return np.arange(200, 248, dtype=np.uint8).reshape(4, 4, 3), {}
@@ -128,27 +138,16 @@ class Staircase(gym.Env):
         return obs, float(self.k + self.steps), ended and self.k % 3 == 0, ended and self.k % 3 > 0, info
 
 
-def box(*bounds):
-    return gym.spaces.Box(*np.array(bounds, np.float32))
-
-
-UNFIT_ACTIONS = {
-    "ZeroWidth": box([-1, 0], [1, 0]),
-    "HalfOpen": box([-1, 0], [1, np.inf]),
-    "Discrete": gym.spaces.Discrete(3),
-    "Matrix": gym.spaces.Box(-1, 1, (2, 2)),
-    "Int": gym.spaces.Box(-100, 100, (2,), np.int8),
-}
-KINDS = {"Tiny": Tiny, "Dark": Tiny, "Silent": Tiny, "Ending": Ending, "Unstable": Unstable, "Unpaid": Unstable}
-KINDS |= {"Parts": Parts, "Image": Image}
-for name, kind in KINDS.items():
-    gym.register(f"{name}-v0", entry_point=f"tiny_env:{kind.__name__}", max_episode_steps=10)
-gym.register("Endless-v0", entry_point=Tiny)
-gym.register(
-    "Wide-v0", entry_point=Tiny, max_episode_steps=10, kwargs={"observation_space": gym.spaces.Box(-9, 9, (4,))}
-)
+UNFIT_ACTIONS = {"ZeroWidth": box([-1, 0], [1, 0]), "HalfOpen": box([-1, 0], [1, np.inf])}
+UNFIT_ACTIONS |= {"Discrete": gym.spaces.Discrete(3), "Matrix": gym.spaces.Box(-1, 1, (2, 2))}
+UNFIT_ACTIONS |= {"Int": gym.spaces.Box(-100, 100, (2,), np.int8)}
+for name in "Tiny Dark Silent Ending Unstable Unpaid Parts Image Wide Endless".split():
+    entry_point = globals().get({"Unpaid": "Unstable"}.get(name, name), Tiny)
+    kwargs = {"observation_space": gym.spaces.Box(-9, 9, (4,))} if name == "Wide" else {}
+    steps = None if name == "Endless" else 10
+    gym.register(f"{name}-v0", f"tiny_env:{entry_point.__name__}", max_episode_steps=steps, kwargs=kwargs)
 for name, space in UNFIT_ACTIONS.items():
-    gym.register(f"{name}-v0", entry_point=Tiny, max_episode_steps=10, kwargs={"action_space": space})
+    gym.register(f"{name}-v0", Tiny, max_episode_steps=10, kwargs={"action_space": space})
 
 
 def episode(steps=10, seed=0, **arrays):
