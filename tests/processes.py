@@ -5,6 +5,7 @@ signals and kills count. Imports would take 3 seconds otherwise.
 """
 
 import io
+import itertools
 import os
 import runpy
 import select
@@ -76,6 +77,31 @@ def refused(sentence, *arguments, **options):
     return end.value.code
 
 
+class Killed(BaseException):
+    pass
+
+
+def kill(monkeypatch, owner, name, at):
+    """Kill a run in its `at`-th call of this function; of a file that it writes there, a half is left."""
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def call(*arguments):
+        if next(calls) < at:
+            return function(*arguments)
+        if name == "save":
+            file = arguments[1] if hasattr(arguments[1], "write") else open(arguments[1], "wb")
+            file.write(b"PK" + bytes(1000))
+            file.flush()
+        raise Killed
+
+    monkeypatch.setattr(owner, name, call)
+
+
+def resume(script, folder, arguments=""):
+    """Go on with the run in `folder`, under its own arguments. Returns what is printed."""
+    return run(script, folder, f"--resume {run_dir(folder).relative_to(folder)} {arguments}", tiny=False)
+
+
 started = []  # what no finish() has seen the end of yet
 
 
@@ -128,3 +154,18 @@ def run_dir(folder):
 def saved_by(folder, name="checkpoint.pt"):
     """A checkpoint of the one run in `folder`."""
     return torch.load(run_dir(folder) / name, weights_only=True)
+
+
+def assert_same(found, expected, *but):
+    """Two checkpoints' contents are equal to the bit, but for what is under these names."""
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected)
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for name in expected.keys() - {*but}:
+            assert_same(found[name], expected[name], *but)
+    elif isinstance(expected, (list, tuple)):
+        for pair in zip(found, expected, strict=True):
+            assert_same(*pair, *but)
+    else:
+        assert found == expected

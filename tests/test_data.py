@@ -42,23 +42,30 @@ def test_actions_reach_the_environments_own_bounds():
         np.testing.assert_allclose(10 * (after - before)[:2], own, atol=1e-5)  # Tiny's point moves so
 
 
-@pytest.mark.parametrize("kind", [*UNFIT_ACTIONS, "Endless"])
-def test_an_environment_that_does_not_do_is_refused(kind):
-    telling = f"-v0 has actions in {'Discrete' if kind == 'Discrete' else 'Box'}"
-    with pytest.raises(ValueError, match="no time limit" if kind == "Endless" else telling):
-        iql.make_env(f"tiny_env:{kind}-v0")()
+def test_an_environment_that_does_not_do_is_refused():
+    for kind, space in [*UNFIT_ACTIONS.items(), ("Endless", None)]:
+        telling = f"-v0 has actions in {type(space).__name__}" if space else "no time limit"
+        with pytest.raises(ValueError, match=telling):
+            iql.make_env(f"tiny_env:{kind}-v0")()
 
 
 @pytest.mark.parametrize("vector", [gym.vector.SyncVectorEnv, gym.vector.AsyncVectorEnv])
 def test_an_evaluation_counts_each_episode_to_its_end_and_no_further(vector):
     """With as many environments as one likes, which end at different steps and do not all report successes."""
-    for num_envs, reports in ((1, True), (4, True), (4, False)):
-        envs = vector([lambda: tiny_env.Staircase(reports)] * num_envs)  # noqa: B023
-        returns, successes = iql.evaluate(envs, lambda obs: np.zeros((len(obs), 1), np.float32), episodes=7)
+    for num_envs, kind in ((1, "Ending"), (4, "Ending"), (4, "Silent")):
+        env, returns, successes = iql.make_env(f"tiny_env:{kind}-v0")(), [], []
+        for k in range(7):
+            env.reset(seed=1_000_000 + k)
+            steps = []
+            while not (steps and (steps[-1][2] or steps[-1][3])):
+                steps.append(env.step(np.ones(2, np.float32)))
+            returns.append(sum(step[1] for step in steps))
+            successes.append(any(step[4].get("success", False) for step in steps))
+        envs = vector([iql.make_env(f"tiny_env:{kind}-v0")] * num_envs)
+        found = iql.evaluate(envs, lambda obs: np.ones((len(obs), 2), np.float32), episodes=7)
         envs.close()
-        lengths = [1, 2, 3, 4, 5, 1, 2]
-        assert returns.tolist() == [sum(k + i for i in range(1, lengths[k] + 1)) for k in range(7)]
-        assert (successes.tolist() if reports else successes) == ([k % 2 == 1 for k in range(7)] if reports else None)
+        assert found[0].tolist() == pytest.approx(returns)
+        assert (found[1] is None) if kind == "Silent" else (found[1].tolist() == successes and 0 < sum(successes) < 7)
 
 
 # WHAT IS READ
@@ -72,19 +79,20 @@ def test_actions_are_read_in_the_unit_that_they_were_recorded_in(own_root):
     np.testing.assert_allclose(found, np.stack([read, read], 1), rtol=0, atol=1e-7)
 
 
-def test_an_image_and_a_dict_are_flattened_as_the_environment_flattens_them(own_root, tmp_path):
-    for kind in ("Image", "Parts"):
-        env = iql.make_env(f"tiny_env:{kind}-v0")()
-        own, _ = env.unwrapped.reset(seed=0)
-        flat, _ = env.reset(seed=0)
-        parts = {name: np.stack(11 * [part]) for name, part in own.items()} if kind == "Parts" else np.stack(11 * [own])
-        space = env.unwrapped.observation_space
-        dataset = write(f"odd/{kind}-v0", episode(observations=parts), observation_space=space)
-        transitions, _ = iql.load_transitions(dataset, env)
-        assert transitions["observations"].tolist() == transitions["next_observations"].tolist() == 10 * [flat.tolist()]
-        assert flat.tolist() == ([*own["z"], *own["a"][0]] if kind == "Parts" else own.flatten().tolist())
+def test_observations_are_flattened_as_the_environment_flattens_them(own_root, tmp_path):
+    env = iql.make_env("tiny_env:Parts-v0")()
+    own, flat = env.unwrapped.reset(seed=0)[0], env.reset(seed=0)[0].tolist()
+    assert flat == [*own["z"], *own["a"][0]]
+    matrices, wide = np.arange(44, dtype=np.float32).reshape(11, 2, 2), iql.make_env("tiny_env:Wide-v0")()
+    parts = {name: np.stack(11 * [part]) for name, part in own.items()}
+    dataset = write("odd/parts-v0", episode(observations=parts), observation_space=Parts.parts)
+    transitions, _ = iql.load_transitions(dataset, env)
+    assert transitions["observations"].tolist() == transitions["next_observations"].tolist() == 10 * [flat]
+    space = wide.unwrapped.observation_space
+    dataset = write("odd/wide-v0", episode(observations=matrices), observation_space=space)
+    assert iql.load_transitions(dataset, wide)[0]["next_observations"].flatten().tolist() == list(range(4, 44))
     for script in SCRIPTS:
-        run(script, tmp_path / script, f"--env-id tiny_env:Parts-v0 --dataset-id odd/Parts-v0 {NOTHING[script]}")
+        run(script, tmp_path / script, f"--env-id tiny_env:Parts-v0 --dataset-id odd/parts-v0 {NOTHING[script]}")
 
 
 def pen_episode(heights, **arrays):
@@ -245,22 +253,20 @@ def test_a_dataset_in_other_spaces_is_refused(own_root):
     told = "only a Box or a Dict of them can be read"
     cases = [({"observation_space": space}, told) for space in UNREADABLE]
     cases += [({"action_space": space}, told) for space in [*UNREADABLE, gym.spaces.Dict(a=ACTIONS)]]
-    bounds = ([-np.inf, 0], [2, 1]), ([-2, 0], [2, np.inf]), ([-2, 0], [2, 0]), ([-2, -3e38], [2, 3e38])
+    bounds = ([-np.inf, 0], [2, 1]), ([-2, 0], [2, np.inf]), ([-2, 0], [2, 0])
     unbounded = [{"action_space": tiny_env.box(*pair)} for pair in bounds]
     cases += [(spaces, "has actions in Box.*use a dataset with finite bounds") for spaces in unbounded]
     good = write("odd/set-v0", episode())
     for spaces, telling in cases:
-        odd = SimpleNamespace(id="odd/set-v0", env_spec=None, total_episodes=1, iterate_episodes=good.iterate_episodes)
-        odd.observation_space, odd.action_space = OBSERVATIONS, ACTIONS
-        vars(odd).update(spaces)
-        if spaces == {"action_space": tiny_env.box(*bounds[3])}:  # wider than a float32, and yet finite
-            assert np.isfinite(iql.load_transitions(odd, tiny())[0]["actions"]).all()
-            continue
+        odd = {"observation_space": OBSERVATIONS, "action_space": ACTIONS, "total_episodes": 1, **spaces}
+        odd = SimpleNamespace(id="odd/set-v0", env_spec=None, iterate_episodes=good.iterate_episodes, **odd)
         with pytest.raises(SystemExit, match=f"^odd/set-v0 .*{telling}"):
             iql.load_transitions(odd, tiny())
-    good.iterate_episodes = lambda *_: []
+    vars(odd).update(action_space=tiny_env.box([-2, -3e38], [2, 3e38]))  # wider than a float32, and yet finite
+    assert np.isfinite(iql.load_transitions(odd, tiny())[0]["actions"]).all()
+    odd.iterate_episodes = lambda *_: []
     with pytest.raises(SystemExit, match="^odd/set-v0 holds no episode: use another dataset"):
-        iql.load_transitions(good, tiny())
+        iql.load_transitions(odd, tiny())
 
 
 class Hostile:
@@ -271,29 +277,25 @@ class Hostile:
 
 
 def test_a_checkpoint_that_does_not_do_is_refused_and_nothing_in_it_is_executed(monkeypatch, tmp_path):
-    run("iql_continuous", tmp_path, NOTHING["iql_continuous"])
-    good, path, here = run_dir(tmp_path) / "checkpoint.pt", tmp_path / "bad.pt", tmp_path / "here"
-    data = good.read_bytes()
+    run("iql_continuous", tmp_path / "runs", NOTHING["iql_continuous"])
+    saved, path = saved_by(tmp_path / "runs"), tmp_path / "bad.pt"
+    data = (run_dir(tmp_path / "runs") / "checkpoint.pt").read_bytes()
     flipped, deflated = bytearray(data), bytearray(data)
     flipped[len(data) // 2] ^= 1  # within the weights
     deflated[data.index(b"PK\x01\x02") + 10] = 8  # says that a part is compressed, which none is
     bad = [None, b"", data[:100_000], flipped, deflated, pickle.dumps(Hostile()), torch.zeros(3), [1, 2]]
-    bad += [{"weights": torch.zeros(3)}, {**torch.load(good, weights_only=True), "agent": Hostile()}]
-    here.mkdir()
-    monkeypatch.chdir(here)
-    for content in bad:
+    monkeypatch.chdir(tmp_path)
+    for content in [*bad, {"weights": torch.zeros(3)}, {**saved, "agent": Hostile()}]:
         if isinstance(content, (bytes, bytearray)):
             path.write_bytes(content)
         elif content is not None:
             torch.save(content, path)
         with pytest.raises(SystemExit, match="bad.pt is missing, damaged or not a checkpoint of these scripts"):
             iql.load(path)
-    assert not any(here.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "bad.pt"}
 
 
 # BY WHOLE RUNS
-
-
 @by_script
 def test_a_run_standardizes_what_varies_and_scores_by_the_datasets_own_reference(script, own_root, tmp_path):
     """On a set with large numbers and one that never changes, of 30 steps where the environment has 10."""

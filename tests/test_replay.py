@@ -163,7 +163,7 @@ def test_an_online_run(anneal, tmp_path):
             rows.append(torch.cat([x, action, scaled, replay.normalize(obs), ended], 1).float()[0])
             for name, value in zip(NAMES, rows[-1].split([3, 2, 1, 3, 1]), strict=True):
                 data[name][count + k - 1] = value if data[name].dim() == 2 else value[0]
-            episodic_return, success = episodic_return + reward, success or bool(info["success"])
+            episodic_return, success = episodic_return + reward, success or bool(info.get("success"))
             if terminated or truncated:
                 ends.append((2 + k, episodic_return, success))
                 obs = None

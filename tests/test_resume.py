@@ -1,7 +1,6 @@
 """Whatever happens to a run, its last complete checkpoint is there, and --resume goes on as if nothing had happened."""
 
 import csv
-import itertools
 import json
 import os
 import resource
@@ -11,11 +10,11 @@ import traceback
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
-from processes import NOTHING, ROOT, SCRIPTS, by_script, finish, refused, run, run_dir, saved_by, start
+from processes import NOTHING, ROOT, SCRIPTS, Killed, by_script, kill, refused, resume, run, run_dir, saved_by
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_variant import assert_same
 from tiny_env import episode, write
 
 import iql_continuous
@@ -27,31 +26,6 @@ FLAGS = {"iql_continuous": "", "iql_finetune": "--offline-updates 120 --online-s
 ONLINE = "--offline-updates 20 --online-steps 60 --learning-starts 10"
 MORE = {"iql_continuous": "--total-updates", "iql_finetune": "--online-steps"}
 TEN = {"iql_continuous": "--total-updates 10", "iql_finetune": "--offline-updates 10 --online-steps 0"}
-
-
-class Killed(BaseException):
-    pass
-
-
-def kill(monkeypatch, owner, name, at):
-    """Kill a run in its `at`-th call of this function; of a file that it writes there, a half is left."""
-    function, calls = getattr(owner, name), itertools.count(1)
-
-    def call(*arguments):
-        if next(calls) < at:
-            return function(*arguments)
-        if name == "save":
-            file = arguments[1] if hasattr(arguments[1], "write") else open(arguments[1], "wb")
-            file.write(b"PK" + bytes(1000))
-            file.flush()
-        raise Killed
-
-    monkeypatch.setattr(owner, name, call)
-
-
-def resume(script, folder, arguments=""):
-    """Go on with the run in `folder`, under its own arguments. Returns what is printed."""
-    return run(script, folder, f"--resume {run_dir(folder).relative_to(folder)} {arguments}", tiny=False)
 
 
 def result(folder):
@@ -69,7 +43,7 @@ def result(folder):
 
 
 def assert_same_result(folder, other):
-    assert_same(result(folder), result(other), "wall_seconds", "resume", "args.json")
+    processes.assert_same(result(folder), result(other), "wall_seconds", "resume", "args.json")
     seconds = [row["wall_seconds"] for row in saved_by(folder)["evaluations"]]
     assert seconds == sorted(seconds)
 
@@ -113,9 +87,9 @@ def hanging(script, folder, arguments="", until="runs/*/checkpoint.pt"):
     """A process of a run that hangs as soon as this exists, and the process of it that does."""
     folder.mkdir(exist_ok=True)
     (folder / "hang").write_text(until)
-    process, pid = start(script, folder, arguments), folder / "hanging"
+    process, pid = processes.start(script, folder, arguments), folder / "hanging"
     while not (pid.exists() and pid.read_text().endswith(" ")):
-        assert os.waitpid(process.pid, os.WNOHANG) == (0, 0), finish(process)
+        assert os.waitpid(process.pid, os.WNOHANG) == (0, 0), processes.finish(process)
     return process, int(pid.read_text())
 
 
@@ -123,7 +97,7 @@ def ended(process, send, signum, folder, status):
     """What a process that hangs says on stderr when it, or one that it forked, is sent a signal."""
     send(process.pid, signum)
     (folder / "hang").unlink()  # Python sees a signal that comes just before a blocking read only after it
-    returncode, said = finish(process)  # waits for all that it forked: nothing is left behind
+    returncode, said = processes.finish(process)  # waits for all that it forked: nothing is left behind
     assert returncode == status, said
     return said
 

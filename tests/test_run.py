@@ -54,18 +54,6 @@ def written_by(folder):
     return json.loads((run_dir(folder) / "args.json").read_text())
 
 
-def test_only_the_seed_changes_the_bits(finished, tmp_path):
-    """Not how often one evaluates, with how many environments, on how many episodes, and what a CPU has no use for."""
-    script, folder, _ = finished
-    other = "--eval-frequency 1000 --eval-episodes 3 --final-episodes 4 --eval-envs 3 --cudagraphs"
-    for seed, more in (("4", other), ("5", "")):
-        run(script, tmp_path / seed, f"{FLAGS[script]} --seed {seed} {more}")
-        agents = [saved_by(path)["agent"] for path in (folder, tmp_path / seed)]
-        assert all(torch.equal(agents[0][name], agents[1][name]) for name in agents[0]) == (seed == "4")
-    ends = [0, 60] if script == "iql_continuous" else [0, 20, 60]
-    assert [row["global_step"] for row in saved_by(tmp_path / "4")["evaluations"]] == ends
-
-
 def test_evaluations_are_the_same_in_the_table_the_checkpoint_tensorboard_and_the_output(finished):
     script, folder, printed = finished
     rows, saved, events = rows_of(folder), saved_by(folder), events_of(folder)
