@@ -24,20 +24,14 @@ def golden_agent(script, args):
     """The official run's starting weights, redrawn: its matrices are (in, out), torch's (out, in)."""
     rng, agent = np.random.RandomState(0), script.Agent(OBS_DIM, ACT_DIM, args)
     state = agent.state_dict()
-    for name, n_in, n_out in (
-        ("qf1", OBS_DIM + ACT_DIM, 1),
-        ("qf2", OBS_DIM + ACT_DIM, 1),
-        ("vf", OBS_DIM, 1),
-        ("actor", OBS_DIM, ACT_DIM),
-    ):
-        sizes = [n_in, 256, 256, n_out]
+    for name in ("qf1", "qf2", "vf", "actor"):
+        sizes = [OBS_DIM + ACT_DIM * ("qf" in name), 256, 256, ACT_DIM if name == "actor" else 1]
         for k, layer in enumerate(("fc1", "fc2", "fc_mean" if name == "actor" else "fc3")):
             weight = (rng.standard_normal((sizes[k], sizes[k + 1])) / np.sqrt(sizes[k])).astype(np.float32)
             bias = (0.1 * rng.standard_normal(sizes[k + 1])).astype(np.float32)
-            state[f"{name}.{layer}.weight"], state[f"{name}.{layer}.bias"] = torch.tensor(weight.T), torch.tensor(bias)
-            if name.startswith("qf"):
-                state[f"{name}_target.{layer}.weight"] = torch.tensor(weight.T)
-                state[f"{name}_target.{layer}.bias"] = torch.tensor(bias)
+            for network in (name, f"{name}_target") if "qf" in name else (name,):
+                state[f"{network}.{layer}.weight"] = torch.tensor(weight.T)
+                state[f"{network}.{layer}.bias"] = torch.tensor(bias)
     state["actor.log_std"] = torch.tensor((0.1 * rng.standard_normal(ACT_DIM) - 0.5).astype(np.float32))
     agent.load_state_dict(state)
     return agent

@@ -23,20 +23,22 @@ FLAGS += f"--actor-dropout {DROPOUT} --learning-rate {RATE} --batch-size 16 --re
 FLAGS += "--env-id tiny_env:Ending-v0"
 
 
-def prepare(normalize, max_episodes):
-    """tiny/good-v0 as the updates should see it, its mean and its standard deviation."""
-    episodes = list(minari.load_dataset("tiny/good-v0").iterate_episodes(range(max_episodes)))
-    obs = np.concatenate([e.observations[:-1] for e in episodes]).astype(np.float64)
-    next_obs = np.concatenate([e.observations[1:] for e in episodes]).astype(np.float64)
+def prepare(normalize, count):
+    """The first episodes of tiny/good-v0 as the updates should see them, their mean and standard deviation."""
+    columns = {name: [] for name in NAMES}
+    for episode in minari.load_dataset("tiny/good-v0").iterate_episodes(range(count)):
+        columns["observations"].append(episode.observations[:-1])
+        columns["next_observations"].append(episode.observations[1:])
+        for name in ("actions", "rewards", "terminations"):
+            columns[name].append(getattr(episode, name))
+    data = {name: np.concatenate(column).astype(np.float64) for name, column in columns.items()}
+    obs = data["observations"]
     mean, std = (obs.mean(0), obs.std(0) + 1e-3) if normalize else (np.zeros(3), np.ones(3))
-    low, high = np.array([-2, 0]), np.array([2, 1])
-    actions = (np.concatenate([e.actions for e in episodes]).astype(np.float64) - low) / (high - low) * 2 - 1
-    actions = np.clip(actions, -1 + 1e-5, 1 - 1e-5)
-    rewards = 0.25 * (np.concatenate([e.rewards for e in episodes]) + 0.5)
-    terminations = np.concatenate([e.terminations for e in episodes])
-    columns = ((obs - mean) / std, actions, rewards, (next_obs - mean) / std, terminations)
-    data = {name: torch.tensor(column, dtype=torch.float32) for name, column in zip(NAMES, columns, strict=True)}
-    return data, mean, std
+    data["observations"], data["next_observations"] = (obs - mean) / std, (data["next_observations"] - mean) / std
+    low, width, bound = np.array([-2, 0]), np.array([4, 1]), 1 - 1e-5
+    data["actions"] = np.clip((data["actions"] - low) / width * 2 - 1, -bound, bound)
+    data["rewards"] = 0.25 * (data["rewards"] + 0.5)
+    return {name: torch.tensor(column, dtype=torch.float32) for name, column in data.items()}, mean, std
 
 
 class Replay:
@@ -45,11 +47,10 @@ class Replay:
     def __init__(self, saved):
         self.networks = {name: tensor.clone() for name, tensor in saved["agent"].items()}
         torch.set_rng_state(saved["rng_state"])
-        adams = [[p for name, p in self.networks.items() if name.startswith(names)] for names in self.ADAMS]
-        adams[1] = [p for p in adams[1] if p.dtype == torch.float32]  # not the statistics
-        self.adams = [torch.optim.Adam([p.requires_grad_() for p in parameters], RATE) for parameters in adams]
-
-    ADAMS = ("vf.", "actor.", ("qf1.", "qf2."))
+        self.adams = []
+        for names in ("vf.", "actor.", ("qf1.", "qf2.")):
+            trained = [name for name in self.networks if name.startswith(names) and "obs_" not in name]
+            self.adams.append(torch.optim.Adam([self.networks[name].requires_grad_() for name in trained], RATE))
 
     def __call__(self, network, *inputs, last="fc3", dropout=0.0):
         x = torch.cat(inputs, 1)
@@ -63,8 +64,7 @@ class Replay:
         return Normal(torch.tanh(self("actor", x, last="fc_mean", dropout=dropout)), std)
 
     def step(self, k, loss):
-        for p in self.adams[k].param_groups[0]["params"]:
-            p.grad = None
+        self.adams[k].zero_grad()
         loss.backward()
         self.adams[k].step()
 
@@ -121,7 +121,7 @@ def test_an_offline_run(script, tmp_path):
     length = "--online-steps 0 --offline-updates" if script == "iql_finetune" else "--total-updates"
     for updates in (0, 5):
         run(script, tmp_path / str(updates), f"{FLAGS} --max-episodes 3 {length} {updates}")
-    data, mean, std = prepare(True, max_episodes=3)
+    data, mean, std = prepare(True, 3)
     replay = Replay(saved_by(tmp_path / "0"))
     np.testing.assert_allclose(replay.networks["actor.obs_mean"], mean)
     np.testing.assert_allclose(replay.networks["actor.obs_std"], std)

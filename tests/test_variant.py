@@ -4,6 +4,7 @@ No network has a name here: what an optimizer has is trained, and a target is a 
 that starts as a copy of one. The copy keeps the names `agent`, `step` and `args` of the script's last part.
 """
 
+import csv
 import gc
 
 import numpy as np
@@ -104,10 +105,10 @@ def test_a_termination_cuts_the_bootstrap_and_a_truncation_does_not(script, own_
 
 def test_a_run_that_is_killed_and_resumed_has_the_same_bits(script, tmp_path, monkeypatch):
     run(script, tmp_path / "straight", flags(script, 6))
-    kill(monkeypatch, torch, "save", 3)
+    kill(monkeypatch, csv.DictWriter, "writerows", 3)
     with pytest.raises(Killed):
         run(script, tmp_path / "killed", flags(script, 6))
     monkeypatch.undo()
-    assert saved_by(tmp_path / "killed")["global_step"] < 6
+    assert saved_by(tmp_path / "killed")["global_step"] == 2
     resume(script, tmp_path / "killed")
     assert_same(saved_by(tmp_path / "killed"), saved_by(tmp_path / "straight"), "wall_seconds", "resume")
