@@ -1,47 +1,82 @@
-"""What IQL is: the expectile, the stitching it buys, how networks begin and where they drop; and what scripts share."""
+"""The algorithm: twenty updates, how networks begin, where they drop; and what both scripts share.
+
+`golden/official_iql_20_updates.npz` holds what the official JAX implementation computed on the same weights and batches
+(float32, dropout off): `losses` (20, 6) are value loss, critic loss, actor loss, mean V before its step, mean Q1 before
+its step and mean advantage after V's step; `q1 q2 tq1 tq2 v mean log_std` are the outputs of the trained networks on a
+probe batch.
+"""
 
 import ast
 import inspect
 import re
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from maze import Maze, maze_transitions
 from processes import ROOT
 
 import iql_continuous
 import iql_finetune
 
+OBS_DIM, ACT_DIM, BATCH, UPDATES = 46, 26, 256, 20
+GOLDEN = np.load(ROOT / "tests" / "golden" / "official_iql_20_updates.npz")
+COLUMNS = ("v_loss", "qf_loss", "actor_loss", "v_values", "qf_values", "advantages")
 SCRIPTS = [iql_continuous, iql_finetune]
+by_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 
 
-@pytest.mark.parametrize("expectile", [0.1, 0.5, 0.95])
-def test_the_minimizer_of_the_expectile_loss_is_the_expectile(expectile):
-    """The m where expectile * E[(x - m)+] = (1 - expectile) * E[(m - x)+], found by bisection; the mean for 0.5."""
-    sample = np.random.default_rng(0).gamma(2.0, size=1000)
-    low, high = sample.min(), sample.max()
-    for _ in range(100):
-        m = (low + high) / 2
-        above, below = np.maximum(sample - m, 0).mean(), np.maximum(m - sample, 0).mean()
-        low, high = (m, high) if expectile * above > (1 - expectile) * below else (low, m)
-    x = torch.tensor(m, requires_grad=True)
-    iql_continuous.expectile_loss(torch.tensor(sample) - x, expectile).backward()
-    assert abs(x.grad.item()) < 1e-6 and (m == pytest.approx(sample.mean())) == (expectile == 0.5)
+def golden_agent(script, args):
+    """The official run's starting weights, redrawn: its matrices are (in, out), torch's (out, in)."""
+    rng, agent = np.random.RandomState(0), script.Agent(OBS_DIM, ACT_DIM, args)
+    state = agent.state_dict()
+    for name in ("qf1", "qf2", "vf", "actor"):
+        sizes = [OBS_DIM + ACT_DIM * ("qf" in name), 256, 256, ACT_DIM if name == "actor" else 1]
+        for k, layer in enumerate(("fc1", "fc2", "fc_mean" if name == "actor" else "fc3")):
+            weight = (rng.standard_normal((sizes[k], sizes[k + 1])) / np.sqrt(sizes[k])).astype(np.float32)
+            bias = (0.1 * rng.standard_normal(sizes[k + 1])).astype(np.float32)
+            for network in (name, f"{name}_target") if "qf" in name else (name,):
+                state[f"{network}.{layer}.weight"] = torch.tensor(weight.T)
+                state[f"{network}.{layer}.bias"] = torch.tensor(bias)
+    state["actor.log_std"] = torch.tensor((0.1 * rng.standard_normal(ACT_DIM) - 0.5).astype(np.float32))
+    agent.load_state_dict(state)
+    return agent
 
 
-@pytest.mark.parametrize("expectile, episodic_return", [(0.9, 1.0), (0.5, 0.3)])
-def test_a_high_expectile_stitches_a_path_that_no_trajectory_shows(expectile, episodic_return):
-    torch.manual_seed(0)
-    args = iql_continuous.Args(expectile=expectile, beta=30.0, gamma=0.9, learning_rate=1e-3, actor_dropout=0.0)
-    transitions, agent = maze_transitions(), iql_continuous.Agent(2, 2, args)
-    optimizers = iql_continuous.make_optimizers(agent, args.learning_rate)
-    for _ in range(500):
-        indices = torch.randint(len(transitions["rewards"]), (64,))
-        iql_continuous.update(agent, optimizers, {k: x[indices] for k, x in transitions.items()}, args)
-    envs = gym.vector.SyncVectorEnv([lambda: gym.wrappers.TimeLimit(Maze(), 10)])
-    assert iql_continuous.evaluate(envs, agent.actor.act, 1)[0] == pytest.approx([episodic_return])
+def golden_batches(count, size, seed):
+    rng = np.random.RandomState(seed)
+    for _ in range(count):
+        batch = {
+            "observations": rng.standard_normal((size, OBS_DIM)),
+            "actions": rng.uniform(-1, 1, (size, ACT_DIM)),
+            "rewards": rng.standard_normal(size),
+            "terminations": rng.uniform(size=size) <= 0.1,
+            "next_observations": rng.standard_normal((size, OBS_DIM)),
+        }
+        yield {name: torch.tensor(array.astype(np.float32)) for name, array in batch.items()}
+
+
+@by_script
+def test_twenty_updates_agree_with_the_official_implementation(script):
+    args = script.Args(expectile=0.7, beta=0.5, gamma=0.99, tau=0.005, learning_rate=3e-4, actor_dropout=0.0)
+    agent = golden_agent(script, args)
+    optimizers = script.make_optimizers(agent, args.learning_rate)
+    losses = []
+    for k, batch in enumerate(golden_batches(UPDATES, BATCH, seed=1)):
+        optimizers[1].param_groups[0]["lr"].fill_(args.learning_rate * 0.5 * (1 + np.cos(np.pi * k / 1000)))
+        metrics = script.update(agent, optimizers, batch, args)
+        losses.append([metrics[name].mean().item() for name in COLUMNS])
+    np.testing.assert_allclose(losses, GOLDEN["losses"], rtol=1e-3, atol=1e-4)
+
+    probe = next(golden_batches(1, 64, seed=99))
+    obs, actions = probe["observations"], probe["actions"]
+    agent.eval()
+    with torch.no_grad():
+        mean, log_std = agent.actor(obs)
+        outputs = {"mean": mean, "log_std": log_std, "v": agent.vf(obs)}
+        outputs |= {"q1": agent.qf1(obs, actions), "q2": agent.qf2(obs, actions)}
+        outputs |= {"tq1": agent.qf1_target(obs, actions), "tq2": agent.qf2_target(obs, actions)}
+    for name, output in outputs.items():
+        np.testing.assert_allclose(output, GOLDEN[name], rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 def test_networks_begin_as_the_official_ones():
@@ -60,20 +95,21 @@ def test_networks_begin_as_the_official_ones():
     assert agent.actor(torch.zeros(1, 7))[1].tolist() == [-5.0, 1.5, 2.0]
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+@by_script
 def test_what_a_researcher_adds_is_off_while_the_policy_acts(script):
     """A layer is in training in update(), in V, critics and targets too, and nowhere else."""
-    agent, modes = script.Agent(2, 2, script.Args()), []
+    agent, modes = script.Agent(OBS_DIM, ACT_DIM, script.Args()), []
     agent.actor.dropout = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(256))
     optimizers = script.make_optimizers(agent, 0.01)
     for network in agent.children():
         network.register_forward_hook(lambda module, *_: modes.append(module.training))
     acts = [script.Actor.act] + [lambda actor, obs: script.explore(actor, obs, 0.0)] * (script is iql_finetune)
+    zeros = np.zeros((3, OBS_DIM))
     for act in 2 * acts:  # what acts puts the actor into evaluation
-        script.update(agent, optimizers, maze_transitions(), script.Args())
+        script.update(agent, optimizers, next(golden_batches(1, BATCH, seed=1)), script.Args())
         assert len(modes) > 7 and all(modes)
         before = [tensor.clone() for tensor in agent.state_dict().values()]
-        assert (act(agent.actor, np.zeros((3, 2))) == act(agent.actor, np.zeros((3, 2)))[0]).all()
+        assert (act(agent.actor, zeros) == act(agent.actor, zeros)[0]).all()
         assert not any(modes[-2:]) and all(map(torch.equal, before, agent.state_dict().values()))
         modes.clear()
 
@@ -100,22 +136,14 @@ DEFAULTS = {"seed": 1, "torch_deterministic": True, "cuda": True, "cudagraphs": 
 DEFAULTS |= {"wandb_project_name": "iql", "env_id": "AdroitHandHammer-v1", "batch_size": 256, "learning_rate": 3e-4}
 DEFAULTS |= {"gamma": 0.99, "tau": 0.005, "beta": 3.0, "max_weight": 100.0, "actor_dropout": 0.1, "normalize_obs": True}
 DEFAULTS |= {"eval_frequency": 5000, "eval_episodes": 20, "final_episodes": 100, "eval_envs": 10}
-DEFAULTS |= {"capture_video": False}
 DEFAULTS |= dict.fromkeys("wandb_entity checkpoint resume dataset_id max_episodes reward_scale reward_shift".split())
+OFFLINE = {"exp_name": "iql_continuous", "total_updates": 1_000_000, "expectile": 0.7, "capture_video": False}
 ONLINE = {"offline_updates": 1_000_000, "online_steps": 1_000_000, "learning_starts": 20_000, "exploration_scale": 0.3}
-ONLINE |= {"anneal_lr": True, "exp_name": "iql_finetune", "expectile": 0.8}
+ONLINE |= {"anneal_lr": True, "exp_name": "iql_finetune", "expectile": 0.8, "capture_video": False}
 
 
 def test_arguments_have_the_defaults_that_the_documentation_gives():
-    continuous, finetune = (script.Args() for script in SCRIPTS)
-    own = {"exp_name": "iql_continuous", "total_updates": 1_000_000, "expectile": 0.7}
-    assert (vars(continuous), vars(finetune)) == ({**DEFAULTS, **own}, {**DEFAULTS, **ONLINE})
+    assert [vars(script.Args()) for script in SCRIPTS] == [{**DEFAULTS, **OFFLINE}, {**DEFAULTS, **ONLINE}]
     _, offline, online = (ROOT / "docs" / "details.md").read_text().split("\n## D4RL")[0].split("\n**Different while ")
-    assert f"| {finetune.expectile:g}, {finetune.beta:g} |" in online
-    for args, text, flags in (
-        (continuous, offline, ["beta"]),
-        (finetune, online, ["learning-starts", "exploration-scale"]),
-    ):
-        for flag in flags:
-            (line,) = re.findall(rf"^\|.*`--{flag}`.*", text.replace(",", ""), re.MULTILINE)
-            assert re.search(rf"(?<![\d.]){getattr(args, flag.replace('-', '_')):g}(?![\d.])", line), line
+    assert re.search(r"`--beta` \|[^|]*\| 3 \|", offline) and "| 0.8, 3 |" in online
+    assert "`--learning-starts` steps (20,000)" in online and "0.3 of it (`--exploration-scale`)" in online
