@@ -115,11 +115,10 @@ def start(script, folder, arguments=""):
         return started[-1]
     try:
         os.setsid()
-        os.close(read)
-        for fd, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(write, fd)
-            setattr(sys, name, open(fd, "w", buffering=1))
+        os.dup2(write, 1)
+        os.dup2(write, 2)
         os.close(write)
+        sys.stdout = sys.stderr = open(2, "w", buffering=1)
         become(script, folder, arguments, True, pytest.MonkeyPatch())
         os._exit(0)
     except BaseException:

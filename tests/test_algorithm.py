@@ -106,6 +106,7 @@ def test_what_a_researcher_adds_is_off_while_the_policy_acts(script):
     acts = [script.Actor.act] + [lambda actor, obs: script.explore(actor, obs, 0.0)] * (script is iql_finetune)
     zeros = np.zeros((3, OBS_DIM))
     for act in 2 * acts:  # what acts puts the actor into evaluation
+        agent.eval()
         script.update(agent, optimizers, next(golden_batches(1, BATCH, seed=1)), script.Args())
         assert len(modes) > 7 and all(modes)
         before = [tensor.clone() for tensor in agent.state_dict().values()]

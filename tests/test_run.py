@@ -59,11 +59,10 @@ def test_evaluations_are_the_same_in_the_table_the_checkpoint_tensorboard_and_th
     rows, saved, events = rows_of(folder), saved_by(folder), events_of(folder)
     assert [{k: str(row.get(k, "")) for k in rows[0]} for row in saved["evaluations"]] == rows
     assert [int(row["global_step"]) for row in rows] == [0, 10, 20, 30, 40, 50, 60]
-    phase_ends = (60,) if script == "iql_continuous" else (20, 60)
-    assert [int(row["episodes"]) for row in rows] == [5 if 10 * k in phase_ends else 2 for k in range(7)]
-    if script == "iql_finetune":
-        assert [int(row["online_steps"]) for row in rows] == [0, 0, 0, 10, 20, 30, 40]
-    assert {row["total_updates" if script == "iql_continuous" else "total_steps"] for row in rows} == {"60"}
+    finetune = script == "iql_finetune"
+    assert [int(row["episodes"]) for row in rows] == [2, 2, 5 if finetune else 2, 2, 2, 2, 5]
+    assert not finetune or [int(row["online_steps"]) for row in rows] == [0, 0, 0, 10, 20, 30, 40]
+    assert {row["total_steps" if finetune else "total_updates"] for row in rows} == {"60"}
 
     for name in ("episodes", "episodic_return", "episodic_return_std", "success_rate"):
         logged = [(event.step, event.value) for event in events.Scalars(f"charts/{name}")]
@@ -71,7 +70,7 @@ def test_evaluations_are_the_same_in_the_table_the_checkpoint_tensorboard_and_th
     names = "v_loss qf_loss actor_loss qf_values v_values advantages weights clipped_weights"
     losses = {tag for tag in events.Tags()["scalars"] if tag.startswith("losses/")}
     assert losses == {f"losses/{name}" for name in names.split()}
-    updates = [10, 20, 30, 40, 50, 60] if script == "iql_continuous" else [10, 20, 40, 50, 60]
+    updates = [10, 20, 40, 50, 60] if finetune else [10, 20, 30, 40, 50, 60]
     assert [event.step for event in events.Scalars("losses/v_loss")] == updates
     # updates a second: the clock is read for them, then for the row
     seconds = {int(row["global_step"]): float(row["wall_seconds"]) for row in rows}
@@ -80,25 +79,20 @@ def test_evaluations_are_the_same_in_the_table_the_checkpoint_tensorboard_and_th
     assert rates == [(step, pytest.approx(step / (seconds[step] - 1))) for step in updates]
     table = events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "|exp_name|an 'odd' name|" in table and "|beta|3.0|" in table
-
-    lines = printed.splitlines()
-    for evaluation in saved["evaluations"]:
-        assert iql_continuous.describe(evaluation) in lines
-    final = f"final: {saved['args']['env_id']} with tiny/good-v0, seed 4: "
-    assert lines[-1] == final + iql_continuous.describe(saved["evaluations"][-1])
+    lines, last = printed.splitlines(), iql_continuous.describe(saved["evaluations"][-1])
+    assert {iql_continuous.describe(evaluation) for evaluation in saved["evaluations"]} <= {*lines}
+    assert lines[-1] == f"final: tiny_env:Ending-v0 with tiny/good-v0, seed 4: {last}"
 
 
 def test_args_json_explains_the_run(finished):
     script, folder, printed = finished
     assert re.fullmatch(r"tiny_env_Ending-v0__an__odd__name__4__\d{10}", run_dir(folder).name)
-    written, saved = written_by(folder), saved_by(folder)
-    assert written["args"] == saved["args"] and processes.asked_for_determinism[-1] is True
-    given = f"{processes.TINY} {FLAGS[script]} --seed --exp-name --final-episodes"
-    given = {name.replace("-", "_") for name in re.findall(r"--([a-z-]+)", given)} - {"no_cuda"} | {"cuda"}
-    resolved = {"reward_scale": 1.0, "reward_shift": 0.0}
-    defaults = vars(__import__(script).Args())
-    assert written["args"] == {**defaults, **{name: written["args"][name] for name in given}, **resolved}
-    assert written["args"]["dataset_id"] == "tiny/good-v0" and written["args"]["seed"] == 4
+    written, args = written_by(folder), saved_by(folder)["args"]
+    assert written["args"] == args and processes.asked_for_determinism[-1] is True
+    given = re.findall(r"--(?:no-)?([a-z-]+)", f"{processes.TINY} {FLAGS[script]} --seed --exp-name --final-episodes")
+    own = {name: args[name] for name in [flag.replace("-", "_") for flag in given]}
+    assert args == {**vars(__import__(script).Args()), **own, "reward_scale": 1.0, "reward_shift": 0.0}
+    assert (own["dataset_id"], own["seed"], own["exp_name"], own["cuda"]) == ("tiny/good-v0", 4, "an 'odd' name", False)
     returns = [episode.rewards.sum() for episode in minari.load_dataset("tiny/good-v0").iterate_episodes()]
     dataset = {"transitions": 40, **iql_continuous.summarize(np.array(returns), None, None)}
     assert written["dataset"] == pytest.approx(dataset)
@@ -126,13 +120,12 @@ def test_adroit_has_its_settings_under_every_name_and_d4rls_references(script, e
     """The dataset has other reference scores, and no id but its path."""
     path = shutil.copytree(ROOT / "tests" / "datasets" / "bundled" / "pen" / "demos-v0", tmp_path / "pen")
     minari.MinariDataset(path / "data").storage.update_metadata({"ref_min_score": 0.0, "ref_max_score": 1.0})
-    flags = f"--env-id AdroitHandPen --dataset-id {path} {NOTHING[script]} --no-cuda"
-    printed = run(script, tmp_path, f"{flags} --final-episodes 1 --eval-envs 1 --eval-episodes 2", tiny=False)
+    flags = f"--env-id AdroitHandPen {NOTHING[script]} --no-cuda --final-episodes 1 --eval-envs 1 --eval-episodes 2"
+    printed = run(script, tmp_path, f"{flags} --dataset-id {path}", tiny=False)
     assert printed.splitlines()[-1].startswith(f"final: AdroitHandPen-v1 with {path}, seed 1: ")
-    written = written_by(tmp_path)
+    written, (row,) = written_by(tmp_path), rows_of(tmp_path)
     args = [written["args"][name] for name in ("env_id", "dataset_id", "expectile", "reward_scale", "reward_shift")]
     assert args == ["AdroitHandPen-v1", str(path), expectile, scale, 0.0]
-    (row,) = rows_of(tmp_path)
     for found in (row, written["dataset"], written["random"]):
         score = 100 * (float(found["episodic_return"]) - 96.262799) / (3076.8331017826877 - 96.262799)
         assert float(found["normalized_score"]) == pytest.approx(score)
@@ -140,12 +133,10 @@ def test_adroit_has_its_settings_under_every_name_and_d4rls_references(script, e
     assert [name.name for name in run_dir(tmp_path).glob("*.pt")] == ["checkpoint.pt"]
     # the bundled set that takes the default one's place is named
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "none"))
-    assert "NOT D4RL" in run(script, tmp_path / "other", f"--env-id AdroitHandPen --dataset-id None {NOTHING[script]}")
+    assert "NOT D4RL" in run(script, tmp_path / "other", flags, tiny=False)
     written = written_by(tmp_path / "other")
-    assert (written["args"]["dataset_id"], written["author"]) == (
-        "bundled/pen/demos-v0",
-        ["the authors of the IQL reference scripts"],
-    )
+    own = ("bundled/pen/demos-v0", ["the authors of the IQL reference scripts"])
+    assert (written["args"]["dataset_id"], written["author"]) == own
 
 
 def test_best_pt_is_the_best_evaluation_on_the_start_states_that_all_share(finished):
@@ -210,17 +201,13 @@ def test_a_checkpoint_gives_statistics_units_and_data_where_nothing_else_is_aske
 
 
 @pytest.mark.parametrize("given", ["None", "no/such-v0"])
-def test_an_evaluation_alone_gives_the_score_again_and_passes_on_what_the_checkpoint_had(given, beginning, tmp_path):
+def test_an_evaluation_alone_reads_no_data_and_passes_on_what_the_checkpoint_had(given, beginning, tmp_path):
     path, before, _ = beginning
-    flags = f"--env-id tiny_env:Ending-v0 --checkpoint {path} --total-updates 0 --dataset-id {given}"
-    printed = run("iql_continuous", tmp_path / "evaluated", flags)
-    saved, written = saved_by(tmp_path / "evaluated"), written_by(tmp_path / "evaluated")
-    assert f" with {path}, seed 1: " in printed and not written.keys() & {"dataset", "random"}
-    for name in ("episodic_return", "episodic_return_std", "success_rate", "episodes"):
-        assert saved["evaluations"][0][name] == before["evaluations"][-1][name]
-    flags = f"--env-id tiny_env:Ending-v0 --checkpoint {run_dir(tmp_path / 'evaluated')}/best.pt --dataset-id None"
-    run("iql_finetune", tmp_path / "tuned", flags)
-    assert units_of(saved) == units_of(saved_by(tmp_path / "tuned")) == units_of(before)
+    flags = "--env-id tiny_env:Ending-v0 --dataset-id"
+    printed = run("iql_continuous", tmp_path / "0", f"{flags} {given} --total-updates 0 --checkpoint {path}")
+    assert f" with {path}, seed 1: " in printed and not written_by(tmp_path / "0").keys() & {"dataset", "random"}
+    run("iql_finetune", tmp_path / "1", f"{flags} None --checkpoint {run_dir(tmp_path / '0')}/best.pt")
+    assert units_of(saved_by(tmp_path / "0")) == units_of(saved_by(tmp_path / "1")) == units_of(before)
 
 
 @by_script
