@@ -31,7 +31,7 @@ def test_every_parameter_is_trained_by_one_optimizer_or_belongs_to_a_target_that
     run_globals, _ = execute(script, tmp_path, flags(script, 0))
     agent, step, args = (run_globals[name] for name in ("agent", "step", "args"))
     assert len({*map(id, agent._modules.values())}) == len(agent._modules), "a network has two names: copy.deepcopy it"
-    optimizers = [thing for thing in gc.get_objects() if isinstance(thing, torch.optim.Optimizer)]
+    optimizers = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.optim.Optimizer)]
     trained = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
 
     targets, own = {}, dict(agent.named_parameters())  # of each target, the name of the network that it is a copy of
