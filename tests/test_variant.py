@@ -39,14 +39,13 @@ def test_every_parameter_is_trained_by_one_optimizer_or_belongs_to_a_target_that
         weights = dict(module.named_parameters())
         if name.startswith(tuple(f"{target}." for target in targets)) or {*map(id, weights.values())} & {*trained}:
             continue
-        networks = [
-            other
-            for other, network in agent.named_modules()
-            if (its := dict(network.named_parameters())) and its.keys() == weights.keys()
-            if all(id(its[key]) in trained and torch.equal(its[key], weights[key]) for key in weights)
-        ]
+        networks = []
+        for other, network in agent.named_modules():
+            its = dict(network.named_parameters())
+            equal = weights and its.keys() == weights.keys() and all(map(torch.equal, its.values(), weights.values()))
+            networks += [other] if equal and {*map(id, its.values())} <= {*trained} else []
         assert len(networks) == bool(weights), (
-            f"{name} is in no optimizer, and a copy of {networks or 'nothing that is'}"
+            f"no optimizer has {name}, a copy of {networks or 'nothing that one has'}"
         )
         targets |= {name: networks[0]} if weights else {}
     assert targets, "nothing is a target"
