@@ -65,7 +65,7 @@ def execute(script, folder, arguments="", tiny=True):
 
 
 def run(*arguments, **options):
-    """Run a script in this process, see execute(). Returns what it printed."""
+    """What a script printed, see execute()."""
     return execute(*arguments, **options)[1]
 
 

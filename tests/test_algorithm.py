@@ -45,13 +45,9 @@ def golden_agent(script, args):
 def golden_batches(count, size, seed):
     rng = np.random.RandomState(seed)
     for _ in range(count):
-        batch = {
-            "observations": rng.standard_normal((size, OBS_DIM)),
-            "actions": rng.uniform(-1, 1, (size, ACT_DIM)),
-            "rewards": rng.standard_normal(size),
-            "terminations": rng.uniform(size=size) <= 0.1,
-            "next_observations": rng.standard_normal((size, OBS_DIM)),
-        }
+        batch = {"observations": rng.standard_normal((size, OBS_DIM)), "actions": rng.uniform(-1, 1, (size, ACT_DIM))}
+        batch |= {"rewards": rng.standard_normal(size), "terminations": rng.uniform(size=size) <= 0.1}
+        batch["next_observations"] = rng.standard_normal((size, OBS_DIM))
         yield {name: torch.tensor(array.astype(np.float32)) for name, array in batch.items()}
 
 

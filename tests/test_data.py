@@ -313,8 +313,7 @@ OUT_OF_RANGE = {
     "at least 1": "batch_size=0 eval_frequency=0 eval_episodes=0 final_episodes=0 eval_envs=0",
     "episodes and environments": "max_episodes=0 max_episodes=-1",
     "between 0 and 1": "expectile=0 expectile=1 gamma=-1 gamma=2 tau=-1 tau=2 actor_dropout=-1 actor_dropout=1",
-    "--learning-rate must be above 0": "learning_rate=0 learning_rate=nan",
-    "at least 0": "max_weight=-1 beta=-1",
+    "at least 0": "learning_rate=0 learning_rate=nan max_weight=-1 beta=-1",
 }
 LENGTHS = {iql: "total_updates=-1"}
 LENGTHS[iql_finetune] = "offline_updates=-1 online_steps=-1 learning_starts=-1 exploration_scale=-1"
