@@ -13,7 +13,7 @@ import shlex
 import signal
 import sys
 import traceback
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -126,7 +126,7 @@ def start(script, folder, arguments=""):
         os._exit(1)
 
 
-def finish(process, timeout=120):
+def finish(process, timeout=600):
     """Wait for a process and all that it forked. Returns its exit status, as `subprocess` has it, and its output."""
     output = b""
     while select.select([process.output], [], [], timeout)[0]:
@@ -141,7 +141,8 @@ def finish(process, timeout=120):
 def kill_started():
     """Leave no process behind, whatever became of a test."""
     for process in [*started]:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         finish(process)
 
 

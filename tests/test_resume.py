@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import time
 import traceback
 from pathlib import Path
 
@@ -90,11 +91,13 @@ def hanging(script, folder, arguments="", until="runs/*/checkpoint.pt"):
     (folder / "hang").write_text(until)
     process, pid = processes.start(script, folder, arguments), folder / "hanging"
     while not (pid.exists() and pid.read_text().endswith(" ")):
-        assert os.waitpid(process.pid, os.WNOHANG) == (0, 0), processes.finish(process)
+        ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        assert ended is None, processes.finish(process)
+        time.sleep(0.01)
     return process, int(pid.read_text())
 
 
-def ended(process, send, signum, folder, status):
+def end_of(process, send, signum, folder, status):
     """What a process that hangs says on stderr when it, or one that it forked, is sent a signal."""
     send(process.pid, signum)
     (folder / "hang").unlink()  # Python sees a signal that comes just before a blocking read only after it
@@ -111,7 +114,7 @@ def test_a_kill_or_a_stop_signal_changes_no_bit_and_the_signal_gets_a_sentence(s
     for kind, how in (("killed", (os.kill, signal.SIGKILL)), ("stopped", (send, signum))):
         process, pid = hanging(script, tmp_path / kind, flags, until)
         assert (pid == process.pid) == (flags == ONLINE)
-        said = ended(process, *how, tmp_path / kind, -signal.SIGKILL if kind == "killed" else 128 + signum)
+        said = end_of(process, *how, tmp_path / kind, -signal.SIGKILL if kind == "killed" else 128 + signum)
         name = run_dir(tmp_path / kind).name
         resume(script, tmp_path / kind)
         assert_same_result(tmp_path / kind, folder)
@@ -121,12 +124,12 @@ def test_a_kill_or_a_stop_signal_changes_no_bit_and_the_signal_gets_a_sentence(s
 
 def test_a_signal_before_the_first_evaluation_leaves_nothing_and_one_to_a_worker_ends_the_run(tmp_path):
     process, _ = hanging("iql_continuous", tmp_path / "early", until="hang")
-    said = ended(process, os.killpg, signal.SIGINT, tmp_path / "early", 130)
+    said = end_of(process, os.killpg, signal.SIGINT, tmp_path / "early", 130)
     assert said.splitlines()[-1] == "Stopped: start again, nothing is saved" and said.count("Stopped") == 1
     assert [path.name for path in (tmp_path / "early").iterdir()] == ["hanging"]
     process, worker = hanging("iql_continuous", tmp_path / "worker")
     assert worker != process.pid
-    said = ended(process, lambda _, signum: os.kill(worker, signum), signal.SIGINT, tmp_path / "worker", 1)
+    said = end_of(process, lambda _, signum: os.kill(worker, signum), signal.SIGINT, tmp_path / "worker", 1)
     assert "in evaluate" in said and "Stopped" not in said  # workers keep silent
 
 

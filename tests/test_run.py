@@ -212,14 +212,17 @@ def test_an_evaluation_alone_reads_no_data_and_passes_on_what_the_checkpoint_had
 
 @by_script
 def test_the_final_policy_is_filmed_for_one_episode(script, tmp_path, monkeypatch):
+    frames, logged = [], []
     clip = SimpleNamespace(write_videofile=lambda path, **_: open(path, "w").write(str(len(frames))))
-    frames = []
     fake = SimpleNamespace(ImageSequenceClip=lambda all_frames, fps: frames.extend(all_frames) or clip)
-    for k in range(4):
-        monkeypatch.setitem(sys.modules, ".".join(["moviepy", "video", "io", "ImageSequenceClip"][: k + 1]), fake)
-    run(script, tmp_path, f"{NOTHING[script]} --capture-video")
-    films = [f"{path.parent.name}/{path.name} {path.read_text()}" for path in tmp_path.glob("videos/*/*.mp4")]
-    assert films == [f"{run_dir(tmp_path).name}/rl-video-episode-0.mp4 11"]  # the start and ten steps
+    for name in ("moviepy", "moviepy.video", "moviepy.video.io", "moviepy.video.io.ImageSequenceClip"):
+        monkeypatch.setitem(sys.modules, name, fake)
+    wandb = SimpleNamespace(init=lambda **_: None, Video=str, log=logged.append)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run(script, tmp_path, f"{NOTHING[script]} --capture-video --track")
+    film = f"videos/{run_dir(tmp_path).name}/rl-video-episode-0.mp4"
+    assert logged == [{"video": film}] and [*tmp_path.glob("videos/*/*.mp4")] == [tmp_path / film]
+    assert (tmp_path / film).read_text() == "11"  # the start and ten steps
     with pytest.raises(RuntimeError, match="no screen"):
         run(script, tmp_path / "dark", f"{NOTHING[script]} --capture-video --env-id tiny_env:Dark-v0")
     assert not (tmp_path / "dark" / "runs").exists()
