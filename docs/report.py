@@ -51,7 +51,7 @@ def read_run(path):
     rows = [row for row in rows if row["wall_seconds"]]  # not one that was cut
     args, data = run["args"], run["args"]["dataset_id"] if "dataset" in run else EVALUATED
     label = args["exp_name"].removesuffix("." + data.replace("/", "."))
-    data += f"[:{args['max_episodes']}]" if args["max_episodes"] else ""
+    data += f"[:{args['max_episodes']}]" if args["max_episodes"] and "dataset" in run else ""
     common = {"environment": args["env_id"], "data": data, "seed": str(args["seed"]), "run": path.parent.name}
     common |= {"checkpoint": "/".join(Path(args["checkpoint"] or "").parts[-2:])}
     common["args"] = {name: value for name, value in args.items() if name not in SAME}
@@ -171,7 +171,7 @@ def draw(results, path):
     if not panels:
         return
     columns, lines = min(3, len(panels)), -(-len(panels) // 3)
-    figure = Figure(figsize=(max(6, 1 + 3.5 * columns), 1 + 2.7 * lines), layout="constrained", dpi=150)
+    figure = Figure(figsize=(max(8, 1 + 3.5 * columns), 1 + 2.7 * lines), layout="constrained", dpi=150)
     for i, ((environment, data, episodes, _, unit), panel) in enumerate(panels.items()):
         ax = figure.add_subplot(lines, columns, i + 1)
         for (variant, updates), rows in group(panel, "variant", "updates").items():
