@@ -19,7 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 DOCS = Path(__file__).resolve().parent
-sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "tests")]
+sys.path.insert(0, str(DOCS.parent))
 from maze import Maze, maze_transitions  # noqa: E402
 
 import iql_continuous as iql  # noqa: E402

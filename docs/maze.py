@@ -1,4 +1,4 @@
-"""A maze whose data hold only parts of the way, for the tests and docs/figures.py."""
+"""A maze whose data hold only parts of the way, for figures.py."""
 
 import gymnasium as gym
 import numpy as np
