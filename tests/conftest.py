@@ -3,12 +3,14 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # tests side by side would wait for each other's threads
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, and without a network that is known at once
 
+import signal
 import sys
 import warnings
+from contextlib import suppress
 
 import numpy as np
 import pytest
-from processes import ROOT, kill_started
+from processes import ROOT, finish, started
 from tiny_env import episode, write
 
 sys.path.insert(0, str(ROOT))
@@ -24,9 +26,12 @@ def pytest_ignore_collect(collection_path, config):
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind():
+def no_process_left_behind():
     yield
-    kill_started()
+    for process in [*started]:  # of a test that failed
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        finish(process)
 
 
 @pytest.fixture(scope="session", autouse=True)

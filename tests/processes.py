@@ -4,8 +4,10 @@
 signals and kills count. Imports would take 3 seconds otherwise.
 """
 
+import csv
 import io
 import itertools
+import json
 import os
 import runpy
 import select
@@ -13,27 +15,31 @@ import shlex
 import signal
 import sys
 import traceback
-from contextlib import redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium as gym
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parent.parent
-# 13 evaluations with a checkpoint each, in about a second
-RUN_LENGTHS = {
-    "iql_continuous": "--total-updates 120",
-    # whole episodes before the first online update: those of a resumed run, which begin anew, end where others do
-    "iql_finetune": "--offline-updates 40 --online-steps 80 --learning-starts 10",
-}
-SCRIPTS = list(RUN_LENGTHS)
-NOTHING = {"iql_continuous": "--total-updates 0", "iql_finetune": "--offline-updates 0 --online-steps 0"}
+LENGTH = {
+    "iql_continuous": "--total-updates",
+    "iql_finetune": "--online-steps 0 --offline-updates",
+}  # all of it offline
+NOTHING = {script: f"{flags} 0" for script, flags in LENGTH.items()}
+# 13 evaluations with a checkpoint each. Whole episodes before the first online update: those of a resumed run, which
+# begin anew, end where others do
+ORDINARY = {"iql_continuous": "--total-updates 120"}
+ORDINARY |= {"iql_finetune": "--offline-updates 40 --online-steps 80 --learning-starts 10"}
+SCRIPTS = list(LENGTH)
 TINY = "--env-id tiny_env:Tiny-v0 --dataset-id tiny/good-v0 --no-cuda --batch-size 32 "
 TINY += "--eval-frequency 10 --eval-episodes 2 --final-episodes 2 --eval-envs 2"
 by_script = pytest.mark.parametrize("script", SCRIPTS)
 asked_for_determinism = []  # by execute(), where nobody waits for what it imports
+Killed = type("Killed", (BaseException,), {})
 
 
 def become(script, folder, arguments, tiny, patch):
@@ -44,7 +50,7 @@ def become(script, folder, arguments, tiny, patch):
     path = script if isinstance(script, Path) else ROOT / f"{script}.py"
     folder.mkdir(parents=True, exist_ok=True)
     patch.chdir(folder)
-    arguments = f"{TINY} {RUN_LENGTHS.get(path.stem, '')} {arguments}" if tiny else arguments
+    arguments = f"{TINY} {ORDINARY.get(path.stem, '')} {arguments}" if tiny else arguments
     patch.setattr(sys, "argv", [str(path), *shlex.split(arguments)])
     patch.setattr(sys, "path", [str(path.parent), *sys.path])
     return runpy.run_path(str(path), run_name="__main__")
@@ -77,12 +83,9 @@ def refused(sentence, *arguments, **options):
     return end.value.code
 
 
-class Killed(BaseException):
-    pass
-
-
-def kill(monkeypatch, owner, name, at):
-    """Kill a run in its `at`-th call of this function; of a file that it writes there, a half is left."""
+@contextmanager
+def killed(owner, name, at):
+    """The run in here is killed in its `at`-th call of this function; of a file written there, a half is left."""
     function, calls = getattr(owner, name), itertools.count(1)
 
     def call(*arguments):
@@ -94,7 +97,9 @@ def kill(monkeypatch, owner, name, at):
             file.flush()
         raise Killed
 
-    monkeypatch.setattr(owner, name, call)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(owner, name, call)
+        yield
 
 
 def resume(script, folder, arguments=""):
@@ -138,14 +143,6 @@ def finish(process, timeout=600):
     raise AssertionError(f"the script or a process of it still runs: {output.decode()}")
 
 
-def kill_started():
-    """Leave no process behind, whatever became of a test."""
-    for process in [*started]:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        finish(process)
-
-
 def run_dir(folder):
     (path,) = (folder / "runs").iterdir()
     return path
@@ -154,6 +151,16 @@ def run_dir(folder):
 def saved_by(folder, name="checkpoint.pt"):
     """A checkpoint of the one run in `folder`."""
     return torch.load(run_dir(folder) / name, weights_only=True)
+
+
+def written_by(folder):
+    """Of the one run in `folder`: args.json, the rows of evaluations.csv, and TensorBoard's scalars and first text."""
+    path = run_dir(folder)
+    events = EventAccumulator(str(path), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    scalars = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    text = events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
+    rows = list(csv.DictReader((path / "evaluations.csv").open()))
+    return SimpleNamespace(json=json.loads((path / "args.json").read_text()), rows=rows, scalars=scalars, text=text)
 
 
 def assert_same(found, expected, *but):

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import by_script, run, run_dir, saved_by
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from processes import run, run_dir, saved_by, written_by
 from torch.distributions import Normal
 
 import iql_continuous
@@ -95,11 +94,11 @@ class Replay:
 
     def assert_same(self, folder):
         """The run ended with these networks, logged the last update's means, and acts as they say."""
-        saved, events = saved_by(folder), EventAccumulator(str(run_dir(folder))).Reload()
+        saved, scalars = saved_by(folder), written_by(folder).scalars
         assert saved["agent"].keys() == self.networks.keys()
         for name, tensor in self.networks.items():
             torch.testing.assert_close(tensor.detach(), saved["agent"][name], rtol=1e-3, atol=1e-4, msg=name)
-        logged = {name: events.Scalars(f"losses/{name}")[-1].value for name in self.metrics}
+        logged = {name: scalars[f"losses/{name}"][-1][1] for name in self.metrics}
         assert logged == pytest.approx(self.metrics, rel=1e-2, abs=1e-3) and 0 < logged["clipped_weights"] < 1
         agent, obs = iql_continuous.Agent(3, 2, iql_continuous.Args()), np.eye(3)
         agent.load_state_dict(saved["agent"])
@@ -115,30 +114,23 @@ def cosine(done, total):
     return RATE * 0.5 * (1 + math.cos(math.pi * done / total))
 
 
-@by_script
-def test_an_offline_run(script, tmp_path):
+def test_an_offline_run(tmp_path):
     """The data are normalized here, and the last episode is left out."""
-    length = "--online-steps 0 --offline-updates" if script == "iql_finetune" else "--total-updates"
     for updates in (0, 5):
-        run(script, tmp_path / str(updates), f"{FLAGS} --max-episodes 3 {length} {updates}")
+        run("iql_continuous", tmp_path / str(updates), f"{FLAGS} --max-episodes 3 --total-updates {updates}")
     data, mean, std = prepare(True, 3)
     replay = Replay(saved_by(tmp_path / "0"))
     np.testing.assert_allclose(replay.networks["actor.obs_mean"], mean)
     np.testing.assert_allclose(replay.networks["actor.obs_std"], std)
     for k in range(5):
-        finetune = script == "iql_finetune"
-        indices = (torch.rand(16, dtype=torch.float64) * 30).long() if finetune else torch.randint(30, (16,))
-        rate = RATE if finetune else cosine(k, 5)
-        replay.update({name: column[indices] for name, column in data.items()}, rate)
+        indices = torch.randint(30, (16,))
+        replay.update({name: column[indices] for name, column in data.items()}, cosine(k, 5))
     replay.assert_same(tmp_path / "5")
 
 
 @pytest.mark.parametrize("anneal", [True, False])
 def test_an_online_run(anneal, tmp_path):
-    """Rows, returns, successes and starts are the environment's own. Without annealing, nothing is normalized either.
-
-    All episodes are read then, and three of them otherwise.
-    """
+    """Without annealing, nothing is normalized either, and all episodes are read, not three of them."""
     flags = f"{FLAGS} --offline-updates 2 --learning-starts 12 --exploration-scale 0.5"
     flags += " --max-episodes 3" if anneal else " --no-anneal-lr --no-normalize-obs"
     run("iql_finetune", tmp_path / "0", f"{flags} --offline-updates 0 --online-steps 0")
@@ -178,8 +170,7 @@ def test_an_online_run(anneal, tmp_path):
     successes = [success for _, _, success in ends]
     assert any(successes) and not all(successes) and len(ends) > 5
     assert saved["online_successes"] == successes
-    events = EventAccumulator(str(run_dir(tmp_path / "45")), size_guidance={"scalars": 0}).Reload()
-    logged = [(event.step, event.value) for event in events.Scalars("charts/online_episodic_return")]
+    logged = written_by(tmp_path / "45").scalars["charts/online_episodic_return"]
     assert logged == [(step, pytest.approx(episodic_return, rel=1e-3)) for step, episodic_return, _ in ends]
     regrets = {step: 1 - np.mean(successes[: i + 1]) for i, (step, _, _) in enumerate(ends)}
     for row in saved["evaluations"]:

@@ -1,7 +1,5 @@
 """What whole runs write and print, what they begin with, and what may not change them."""
 
-import csv
-import json
 import re
 import shutil
 import sys
@@ -15,16 +13,14 @@ import numpy as np
 import processes
 import pytest
 import torch
-from processes import NOTHING, ROOT, SCRIPTS, by_script, refused, run, run_dir, saved_by
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from processes import NOTHING, ROOT, SCRIPTS, by_script, refused, run, run_dir, saved_by, written_by
 
 import iql_continuous
 
-FLAGS = {
-    "iql_continuous": "--env-id tiny_env:Ending-v0 --total-updates 60",
-    "iql_finetune": "--env-id tiny_env:Ending-v0 --offline-updates 20 --online-steps 40 --learning-starts 10",
-}
-LENGTH = {"iql_continuous": "--total-updates", "iql_finetune": "--offline-updates 0 --learning-starts 0 --online-steps"}
+ENDING = "--env-id tiny_env:Ending-v0"
+FLAGS = {"iql_continuous": f"{ENDING} --total-updates 60"}
+FLAGS |= {"iql_finetune": f"{ENDING} --offline-updates 20 --online-steps 40 --learning-starts 10"}
+ONLINE = {"iql_continuous": "--total-updates", "iql_finetune": "--offline-updates 0 --learning-starts 0 --online-steps"}
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)
@@ -42,21 +38,10 @@ def finished(request, tmp_path_factory):
     return request.param, folder, printed
 
 
-def rows_of(folder):
-    return list(csv.DictReader((run_dir(folder) / "evaluations.csv").open()))
-
-
-def events_of(folder):
-    return EventAccumulator(str(run_dir(folder)), size_guidance={"scalars": 0, "tensors": 0}).Reload()
-
-
-def written_by(folder):
-    return json.loads((run_dir(folder) / "args.json").read_text())
-
-
 def test_evaluations_are_the_same_in_the_table_the_checkpoint_tensorboard_and_the_output(finished):
     script, folder, printed = finished
-    rows, saved, events = rows_of(folder), saved_by(folder), events_of(folder)
+    written, saved = written_by(folder), saved_by(folder)
+    rows, scalars = written.rows, written.scalars
     assert [{k: str(row.get(k, "")) for k in rows[0]} for row in saved["evaluations"]] == rows
     assert [int(row["global_step"]) for row in rows] == [0, 10, 20, 30, 40, 50, 60]
     finetune = script == "iql_finetune"
@@ -65,20 +50,17 @@ def test_evaluations_are_the_same_in_the_table_the_checkpoint_tensorboard_and_th
     assert {row["total_steps" if finetune else "total_updates"] for row in rows} == {"60"}
 
     for name in ("episodes", "episodic_return", "episodic_return_std", "success_rate"):
-        logged = [(event.step, event.value) for event in events.Scalars(f"charts/{name}")]
-        assert logged == [(int(row["global_step"]), pytest.approx(float(row[name]))) for row in rows]
+        found = [(int(row["global_step"]), pytest.approx(float(row[name]))) for row in rows]
+        assert scalars[f"charts/{name}"] == found
     names = "v_loss qf_loss actor_loss qf_values v_values advantages weights clipped_weights"
-    losses = {tag for tag in events.Tags()["scalars"] if tag.startswith("losses/")}
-    assert losses == {f"losses/{name}" for name in names.split()}
+    assert {tag for tag in scalars if tag.startswith("losses/")} == {f"losses/{name}" for name in names.split()}
     updates = [10, 20, 40, 50, 60] if finetune else [10, 20, 30, 40, 50, 60]
-    assert [event.step for event in events.Scalars("losses/v_loss")] == updates
+    assert [step for step, _ in scalars["losses/v_loss"]] == updates
     # updates a second: the clock is read for them, then for the row
     seconds = {int(row["global_step"]): float(row["wall_seconds"]) for row in rows}
     assert seconds[0] == 1 and sorted({*seconds.values()}) == [*seconds.values()]
-    rates = [(event.step, event.value) for event in events.Scalars("charts/SPS")]
-    assert rates == [(step, pytest.approx(step / (seconds[step] - 1))) for step in updates]
-    table = events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert "|exp_name|an 'odd' name|" in table and "|beta|3.0|" in table
+    assert scalars["charts/SPS"] == [(step, pytest.approx(step / (seconds[step] - 1))) for step in updates]
+    assert "|exp_name|an 'odd' name|" in written.text and "|beta|3.0|" in written.text
     lines, last = printed.splitlines(), iql_continuous.describe(saved["evaluations"][-1])
     assert {iql_continuous.describe(evaluation) for evaluation in saved["evaluations"]} <= {*lines}
     assert lines[-1] == f"final: tiny_env:Ending-v0 with tiny/good-v0, seed 4: {last}"
@@ -87,7 +69,7 @@ def test_evaluations_are_the_same_in_the_table_the_checkpoint_tensorboard_and_th
 def test_args_json_explains_the_run(finished):
     script, folder, printed = finished
     assert re.fullmatch(r"tiny_env_Ending-v0__an__odd__name__4__\d{10}", run_dir(folder).name)
-    written, args = written_by(folder), saved_by(folder)["args"]
+    written, args = written_by(folder).json, saved_by(folder)["args"]
     assert written["args"] == args and processes.asked_for_determinism[-1] is True
     given = re.findall(r"--(?:no-)?([a-z-]+)", f"{processes.TINY} {FLAGS[script]} --seed --exp-name --final-episodes")
     own = {name: args[name] for name in [flag.replace("-", "_") for flag in given]}
@@ -106,12 +88,11 @@ def test_args_json_explains_the_run(finished):
 
 @by_script
 def test_losses_are_logged_between_evaluations_too_and_there_is_no_regret_without_successes(script, tmp_path):
-    flags = f"{LENGTH[script]} 501 --batch-size 2 --eval-frequency 1000 --env-id tiny_env:Silent-v0"
+    flags = f"{ONLINE[script]} 501 --batch-size 2 --eval-frequency 1000 --env-id tiny_env:Silent-v0"
     run(script, tmp_path, f"{flags} --no-torch-deterministic")
-    events = events_of(tmp_path)
-    assert [event.step for event in events.Scalars("losses/qf_loss")] == [500, 501]
-    assert not {name for name in rows_of(tmp_path)[-1] if "regret" in name or "success" in name}
-    assert not {tag for tag in events.Tags()["scalars"] if "regret" in tag or "success" in tag}
+    written = written_by(tmp_path)
+    assert [step for step, _ in written.scalars["losses/qf_loss"]] == [500, 501]
+    assert not {name for name in [*written.rows[-1], *written.scalars] if "regret" in name or "success" in name}
     assert processes.asked_for_determinism[-1] is False
 
 
@@ -123,7 +104,7 @@ def test_adroit_has_its_settings_under_every_name_and_d4rls_references(script, e
     flags = f"--env-id AdroitHandPen {NOTHING[script]} --no-cuda --final-episodes 1 --eval-envs 1 --eval-episodes 2"
     printed = run(script, tmp_path, f"{flags} --dataset-id {path}", tiny=False)
     assert printed.splitlines()[-1].startswith(f"final: AdroitHandPen-v1 with {path}, seed 1: ")
-    written, (row,) = written_by(tmp_path), rows_of(tmp_path)
+    written, (row,) = written_by(tmp_path).json, written_by(tmp_path).rows
     args = [written["args"][name] for name in ("env_id", "dataset_id", "expectile", "reward_scale", "reward_shift")]
     assert args == ["AdroitHandPen-v1", str(path), expectile, scale, 0.0]
     for found in (row, written["dataset"], written["random"]):
@@ -134,7 +115,7 @@ def test_adroit_has_its_settings_under_every_name_and_d4rls_references(script, e
     # the bundled set that takes the default one's place is named
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "none"))
     assert "NOT D4RL" in run(script, tmp_path / "other", flags, tiny=False)
-    written = written_by(tmp_path / "other")
+    written = written_by(tmp_path / "other").json
     own = ("bundled/pen/demos-v0", ["the authors of the IQL reference scripts"])
     assert (written["args"]["dataset_id"], written["author"]) == own
 
@@ -178,7 +159,7 @@ def test_a_checkpoint_gives_statistics_units_and_data_where_nothing_else_is_aske
     asked["--dataset-id tiny/other-v0 --reward-scale 0.5 --reward-shift 0"] = other
     for k, (more, given) in enumerate(asked.items()):
         printed = run(script, tmp_path / str(k), f"{flags} {more}")
-        saved, found = saved_by(tmp_path / str(k)), written_by(tmp_path / str(k))["dataset"]
+        saved, found = saved_by(tmp_path / str(k)), written_by(tmp_path / str(k)).json["dataset"]
         units = units_of(saved)
         assert units == {**units_of(before), **given} and saved["args"].get("offline_updates", 0) == 0
         episodes = list(minari.load_dataset(units["dataset_id"]).iterate_episodes())[: units["max_episodes"]]
@@ -205,7 +186,7 @@ def test_an_evaluation_alone_reads_no_data_and_passes_on_what_the_checkpoint_had
     path, before, _ = beginning
     flags = "--env-id tiny_env:Ending-v0 --dataset-id"
     printed = run("iql_continuous", tmp_path / "0", f"{flags} {given} --total-updates 0 --checkpoint {path}")
-    assert f" with {path}, seed 1: " in printed and not written_by(tmp_path / "0").keys() & {"dataset", "random"}
+    assert f" with {path}, seed 1: " in printed and not written_by(tmp_path / "0").json.keys() & {"dataset", "random"}
     run("iql_finetune", tmp_path / "1", f"{flags} None --checkpoint {run_dir(tmp_path / '0')}/best.pt")
     assert units_of(saved_by(tmp_path / "0")) == units_of(saved_by(tmp_path / "1")) == units_of(before)
 
@@ -250,9 +231,9 @@ def test_a_run_is_tracked_and_a_resumed_one_goes_on_in_the_same_wandb_run(script
     inits = []
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **kwargs: inits.append(kwargs)))
     flags = "--wandb-project-name some --wandb-entity body"
-    run(script, tmp_path, f"--track {flags} {LENGTH[script]} 10")
+    run(script, tmp_path, f"--track {flags} {ONLINE[script]} 10")
     directory = run_dir(tmp_path)
-    run(script, tmp_path, f"--resume {directory}/ {LENGTH[script].split()[-1]} 20", tiny=False)
+    run(script, tmp_path, f"--resume {directory}/ {ONLINE[script].split()[-1]} 20", tiny=False)
     for init in inits:
         assert (init["id"], init["name"], init["resume"]) == (directory.name, directory.name, "allow")
         assert (init["project"], init["entity"], init["sync_tensorboard"]) == ("some", "body", True)
