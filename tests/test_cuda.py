@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from processes import ROOT
+from processes import LENGTH, ROOT, by_script, run_dir, saved_by
 
 import iql_continuous
 
@@ -37,39 +37,28 @@ def test_every_call_of_a_captured_step_does_its_work_once(monkeypatch):
     assert log == [*3 * ["worked"], "recorded", *3 * ["replayed"]]
 
 
-FLAGS = "--env-id AdroitHandPen-v1 --dataset-id bundled/pen/demos-v0 --eval-episodes 2 --final-episodes 2"
-LENGTH = {"iql_continuous": "--total-updates", "iql_finetune": "--online-steps 0 --offline-updates"}
-
-
-def process(path, flags, folder):
-    command = [sys.executable, path, *flags.split()]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+def trained(path, folder, flags):
+    """The weights that a script's own process leaves."""
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run([sys.executable, path, *flags.split()], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return saved_by(folder)["agent"]
 
 
-def trained(path, flags, folder, name):
-    """The run directory of a short run."""
-    process(path, f"{FLAGS} {flags} --exp-name {name}", folder)
-    (path,) = folder.glob(f"runs/*__{name}__*")
-    return path
-
-
-def weights(run_dir):
-    return torch.load(run_dir / "checkpoint.pt", weights_only=True, map_location="cpu")["agent"]
-
-
-@pytest.mark.parametrize("script", LENGTH)
+@by_script
 @GPU
 def test_a_captured_run_has_the_bits_of_a_plain_one_resumed_or_not(script, tmp_path):
-    plain = weights(trained(ROOT / f"{script}.py", f"{LENGTH[script]} 60", tmp_path, "plain"))
-    captured = weights(trained(ROOT / f"{script}.py", f"{LENGTH[script]} 60 --cudagraphs", tmp_path, "captured"))
+    flags = "--env-id AdroitHandPen-v1 --dataset-id bundled/pen/demos-v0 --eval-episodes 2 --final-episodes 2"
+    path, flags = ROOT / f"{script}.py", f"{flags} {LENGTH[script]} 60"
+    plain = trained(path, tmp_path / "plain", flags)
+    captured = trained(path, tmp_path / "captured", f"{flags} --cudagraphs")
     # one that stops after its checkpoint at 30 updates
     (tmp_path / "tests").symlink_to(ROOT / "tests")
-    text, place = (ROOT / f"{script}.py").read_text(), "        # losses: here"
-    path = tmp_path / f"{script}.py"
-    path.write_text(text.replace(place, f"        if global_step > 30:\n            sys.exit()\n{place}"))
-    run_dir = trained(path, f"{LENGTH[script]} 60 --cudagraphs --eval-frequency 30", tmp_path, "resumed")
-    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["global_step"] == 30
-    process(ROOT / f"{script}.py", f"--resume {run_dir}", tmp_path)
-    for found in (captured, weights(run_dir)):
+    text, place = path.read_text(), "        # losses: "
+    stopping = f"        if global_step > 30:\n            sys.exit()\n{place}"
+    (tmp_path / path.name).write_text(text.replace(place, stopping))
+    trained(tmp_path / path.name, tmp_path / "stopped", f"{flags} --cudagraphs --eval-frequency 30")
+    assert saved_by(tmp_path / "stopped")["global_step"] == 30
+    resumed = trained(path, tmp_path / "stopped", f"--resume {run_dir(tmp_path / 'stopped')}")
+    for found in (captured, resumed):
         assert all(torch.equal(plain[name], tensor) for name, tensor in found.items())
