@@ -13,7 +13,7 @@ import pytest
 from processes import ROOT, finish, started
 from tiny_env import episode, write
 
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
 
 def pytest_addoption(parser):
@@ -48,6 +48,5 @@ def minari_root(tmp_path_factory):
 
 @pytest.fixture
 def own_root(tmp_path, monkeypatch):
-    """A Minari root of the test's own."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     return tmp_path / "minari"

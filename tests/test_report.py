@@ -1,7 +1,6 @@
 """docs/report.py on run directories that are made here."""
 
 import csv
-import importlib.util
 import json
 import re
 import subprocess
@@ -10,12 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import report
 from matplotlib.figure import Figure
 
 SCRIPT = Path(__file__).parent.parent / "docs" / "report.py"
-spec = importlib.util.spec_from_file_location("report", SCRIPT)
-report = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(report)
 PEN, HAMMER = (("AdroitHandPen-v1", "D4RL/pen/human-v2"), ("AdroitHandHammer-v1", "D4RL/hammer/human-v2"))
 
 
@@ -29,9 +26,8 @@ def write_run(folder, scores=(1.0, 4.0, 2.0), task=PEN, normalized=True, started
     asked = args.pop("asked", [total] * len(steps))
     (path := folder / f"{task[0]}__{args['exp_name']}__{args['seed']}__{started}").mkdir(parents=True)
     data = {"episodes": 25, "episodic_return": 55.5, "normalized_score": 55.5, **dict(data)}
-    measured = (
-        {} if task[1] is None else {"dataset": data, "random": {"episodic_return": 1.0, "normalized_score": -3.25}}
-    )
+    random = {"episodic_return": 1.0, "normalized_score": -3.25}
+    measured = {"dataset": data, "random": random} if task[1] else {}
     (path / "args.json").write_text(json.dumps({"args": args, "author": author, **measured}))
     rows = []
     for step, score, length in zip(steps, scores, asked, strict=True):
@@ -132,14 +128,12 @@ def test_each_phase_of_fine_tuning_has_its_row(tmp_path, rows):
 
 
 def test_other_arguments_are_another_variant(tmp_path, rows):
-    """In the row of a set; the row over all sets has what is alike in each, and of one length.
-
-    Of a name, only the dataset, which benchmark.sh appends, is cut off.
-    """
+    """In the row of a set; the row over all sets has what is alike in each, and of one length."""
     for seed in (1, 2):
         for beta in (1.0, 3.0):
             write_run(tmp_path, (0, 0, beta), seed=seed, beta=beta, started=beta)
         write_run(tmp_path, (0, 0, 9), HAMMER, seed=seed, expectile=0.9)
+        # of a name, only the dataset, which benchmark.sh appends, is cut off
         write_run(tmp_path, (0, 0, 7), exp_name="bc.D4RL.pen.human-v2", seed=seed, max_episodes=5)
         write_run(tmp_path, (0, 0, 8), HAMMER, exp_name="bc.D4RL.hammer.human-v2", seed=seed)
         write_run(tmp_path, (0, 0, 5), HAMMER, exp_name="bc", seed=seed, total_updates=999, started=200)
@@ -171,7 +165,7 @@ def test_runs_that_only_evaluate(tmp_path, rows):
     """One checkpoint is one number, whatever the seed, also with those of an earlier file; in no row over all sets."""
     for i, (exp_name, name, task) in enumerate(zip("iijjj", "abbbc", (PEN, PEN, PEN, PEN, HAMMER), strict=True)):
         run = {"exp_name": exp_name, "checkpoint": f"/{name}/best.pt", "total_updates": 0, "seed": i // 3, "started": i}
-        write_run(tmp_path, (ord(name),), (task[0], None), **run)
+        write_run(tmp_path, (ord(name),), (task[0], None), max_episodes=5, **run)
     for merge in (None, tmp_path / "results.csv"):
         assert rows("data (episodes, score)", "variant", "runs", "final", "best", merge=merge) == (
             "only evaluated j 1 99.0 99.0, only evaluated i checkpoint=a/best.pt 1 97.0 97.0, "
@@ -230,6 +224,8 @@ def test_figure(tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
     for seed in (1, 2):
         write_run(tmp_path, (1, 4 * seed, 2, 9 * seed), seed=seed, asked=[500, 500, 666, 1000], author=["me"])
+    report.main(tmp_path)
+    assert drawn.pop().get_figwidth() >= 8  # of a single panel: the legend needs it
     write_run(tmp_path, (1, 3, 2), HAMMER, data={"normalized_score": 44.0}, author="you")
     write_run(tmp_path, (1, 3, 2), HAMMER, data={"episodes": 5}, started=101)
     write_run(tmp_path, (5,), (PEN[0], None), checkpoint="a/best.pt", total_updates=0, started=200)
