@@ -64,6 +64,10 @@ if __name__ == "__main__":
 REPORT = "import sys, pathlib; print(len(list(pathlib.Path(sys.argv[1]).glob('runs/*'))), 'runs in', sys.argv[1])"
 VARIABLES = "TASKS DATASETS VARIANTS SEEDS UPDATES FINETUNE ONLINE_STEPS SCRIPT EXTRA OUT PYTHON WORKERS_PER_GPU ENGINE"
 VARIABLES = [*VARIABLES.split(), "WORKERS", "SBATCH_FLAGS"]
+# CUDA_VISIBLE_DEVICES, what nvidia-smi does, what benchmark.sh says of it, and the devices of the runs
+SLOTS = [(None, "printf '0\\n1\\n'", "4 at a time on 2 GPUs and 12 cores", ["0", "0", "1", "1"])]
+SLOTS += [("4, GPU-a,MIG-b", "exit 1", "6 at a time on 3 GPUs and 12 cores", ["4", "4", "GPU-a", "GPU-a", "MIG-b"])]
+SLOTS += [(None, "echo NVIDIA-SMI has failed; exit 9", "12 at a time on 0 GPUs and 12 cores", [""] * 5)]
 
 
 class Benchmark:
@@ -227,17 +231,15 @@ def test_other_flags_need_another_folder(benchmark):
     assert benchmark.logs() == logs
 
 
-@pytest.mark.parametrize(
-    ("number", "to_group", "flags"),
-    [(signal.SIGINT, True, "--slow"), (signal.SIGTERM, False, "--slow --deaf"), (signal.SIGHUP, False, "--slow")],
-)
-def test_stop(benchmark, number, to_group, flags):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_stop(benchmark, number):
     """Meanwhile no other call starts the same runs; afterwards nothing runs, not even what does not listen."""
+    flags = "--slow --deaf" if number == signal.SIGTERM else "--slow"
     process = benchmark.start(EXTRA=flags, SEEDS="1 2 3")
     benchmark.wait_for_checkpoints(2)
     assert benchmark(EXTRA=flags, status=1).count("it is being run already") == 2
     assert len(benchmark.processes()) >= 7  # itself, xargs, its shells, two runs and their children
-    os.killpg(process.pid, number) if to_group else process.send_signal(number)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + number and "stopping; the same command goes on" in output, output
     benchmark.wait_for(lambda: not benchmark.processes())
@@ -302,14 +304,7 @@ def test_no_run_is_begun_without_its_dataset(benchmark, engine):
     assert not benchmark.logs() and not (benchmark.folder / "sbatch").exists()
 
 
-@pytest.mark.parametrize(
-    ("visible", "smi", "slots", "devices"),
-    [
-        (None, "printf '0\\n1\\n'", "4 at a time on 2 GPUs and 12 cores", ["0", "0", "1", "1"]),
-        ("4, GPU-a,MIG-b", "exit 1", "6 at a time on 3 GPUs and 12 cores", ["4", "4", "GPU-a", "GPU-a", "MIG-b"]),
-        (None, "echo NVIDIA-SMI has failed; exit 9", "12 at a time on 0 GPUs and 12 cores", [""] * 5),
-    ],
-)
+@pytest.mark.parametrize("visible, smi, slots, devices", SLOTS)
 def test_slots(benchmark, visible, smi, slots, devices):
     """Five seeds, at once where they can: a slot that is free again would be used twice. A run has one thread."""
     benchmark.add_tool("nvidia-smi", smi)

@@ -11,8 +11,6 @@ from processes import LENGTH, ROOT, by_script, run_dir, saved_by
 
 import iql_continuous
 
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 
 def test_every_call_of_a_captured_step_does_its_work_once(monkeypatch):
     """With a stand-in for torch.cuda: while it captures, work is recorded, not done."""
@@ -46,7 +44,7 @@ def trained(path, folder, flags):
 
 
 @by_script
-@GPU
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_captured_run_has_the_bits_of_a_plain_one_resumed_or_not(script, tmp_path):
     flags = "--env-id AdroitHandPen-v1 --dataset-id bundled/pen/demos-v0 --eval-episodes 2 --final-episodes 2"
     path, flags = ROOT / f"{script}.py", f"{flags} {LENGTH[script]} 60"

@@ -211,23 +211,20 @@ def test_what_cannot_be_opened_for_another_reason_keeps_it(own_root, monkeypatch
             iql.load_dataset("Tiny-v0", name)
 
 
-SHAPES = [("observations", (11, 4)), ("observations", (10, 3)), ("actions", (10, 3)), ("actions", (11, 2))]
-SHAPES += [("actions", (10,)), ("rewards", (10, 1)), ("terminations", (11,))]
-PARTS = [("Tiny", "z", 11), ("Parts", "z", 11), ("Parts", "za", 10)]
-NOT_FINITE = [("observations", -2, np.nan), ("next_observations", -1, np.inf), ("rewards", 0, np.nan)]
-NOT_FINITE += [("actions", 0, np.nan), ("actions", 0, -np.inf)]
-
-
 def test_a_dataset_that_does_not_fit_or_is_not_finite_is_refused(own_root):
+    shapes = [("observations", (11, 4)), ("observations", (10, 3)), ("actions", (10, 3)), ("actions", (11, 2))]
+    shapes += [("actions", (10,)), ("rewards", (10, 1)), ("terminations", (11,))]
+    not_finite = [("observations", -2, np.nan), ("next_observations", -1, np.inf), ("rewards", 0, np.nan)]
+    not_finite += [("actions", 0, np.nan), ("actions", 0, -np.inf)]
     cases = []
-    for name, shape in SHAPES:
+    for name, shape in shapes:
         telling = f"does not fit Tiny-v0: .*{re.escape(str(shape))}"
         cases.append(("Tiny", [episode(), episode(**{name: np.zeros(shape, np.float32)})], OBSERVATIONS, telling))
-    for kind, keys, steps in PARTS:
+    for kind, keys, steps in (("Tiny", "z", 11), ("Parts", "z", 11), ("Parts", "za", 10)):
         space = gym.spaces.Dict({key: Parts.parts[key] for key in keys})
         parts = {key: np.zeros((steps, *part.shape), np.float32) for key, part in space.items()}
         cases.append((kind, [episode(observations=parts)], space, "does not fit"))
-    for name, place, value in NOT_FINITE:
+    for name, place, value in not_finite:
         wrong = episode()
         getattr(wrong, name.removeprefix("next_"))[place] = value
         cases.append(("Tiny", [episode(), wrong], OBSERVATIONS, f"holds NaN or infinity in its {name}"))
@@ -237,14 +234,12 @@ def test_a_dataset_that_does_not_fit_or_is_not_finite_is_refused(own_root):
             iql.load_transitions(dataset, iql.make_env(f"tiny_env:{kind}-v0")())
 
 
-UNREADABLE = [gym.spaces.Discrete(3), gym.spaces.MultiBinary(3), gym.spaces.Tuple([OBSERVATIONS])]
-UNREADABLE += [gym.spaces.Dict(z=OBSERVATIONS, a=gym.spaces.Dict(b=OBSERVATIONS))]
-
-
 def test_a_dataset_in_other_spaces_is_refused(own_root):
+    unreadable = [gym.spaces.Discrete(3), gym.spaces.MultiBinary(3), gym.spaces.Tuple([OBSERVATIONS])]
+    unreadable += [gym.spaces.Dict(z=OBSERVATIONS, a=gym.spaces.Dict(b=OBSERVATIONS))]
     told = "only a Box or a Dict of them can be read"
-    cases = [({"observation_space": space}, told) for space in UNREADABLE]
-    cases += [({"action_space": space}, told) for space in [*UNREADABLE, gym.spaces.Dict(a=ACTIONS)]]
+    cases = [({"observation_space": space}, told) for space in unreadable]
+    cases += [({"action_space": space}, told) for space in [*unreadable, gym.spaces.Dict(a=ACTIONS)]]
     bounds = ([-np.inf, 0], [2, 1]), ([-2, 0], [2, np.inf]), ([-2, 0], [2, 0])
     unbounded = [{"action_space": tiny_env.box(*pair)} for pair in bounds]
     cases += [(spaces, "has actions in Box.*use a dataset with finite bounds") for spaces in unbounded]
@@ -261,13 +256,6 @@ def test_a_dataset_in_other_spaces_is_refused(own_root):
         iql.load_transitions(odd, tiny())
 
 
-class Hostile:
-    """Unpickling it creates a file `executed` in the working directory."""
-
-    def __reduce__(self):
-        return os.system, ("touch executed",)
-
-
 def test_a_checkpoint_that_does_not_do_is_refused_and_nothing_in_it_is_executed(monkeypatch, tmp_path):
     run("iql_continuous", tmp_path / "runs", NOTHING["iql_continuous"])
     saved, path = saved_by(tmp_path / "runs"), tmp_path / "bad.pt"
@@ -275,9 +263,11 @@ def test_a_checkpoint_that_does_not_do_is_refused_and_nothing_in_it_is_executed(
     flipped, deflated = bytearray(data), bytearray(data)
     flipped[len(data) // 2] ^= 1  # within the weights
     deflated[data.index(b"PK\x01\x02") + 10] = 8  # says that a part is compressed, which none is
-    bad = [None, b"", data[:100_000], flipped, deflated, pickle.dumps(Hostile()), torch.zeros(3), [1, 2]]
+    # unpickling it creates a file in the working directory
+    hostile = type("Hostile", (), {"__reduce__": lambda self: (os.system, ("touch executed",))})()
+    bad = [None, b"", data[:100_000], flipped, deflated, pickle.dumps(hostile), torch.zeros(3), [1, 2]]
     monkeypatch.chdir(tmp_path)
-    for content in [*bad, {"weights": torch.zeros(3)}, {**saved, "agent": Hostile()}]:
+    for content in [*bad, {"weights": torch.zeros(3)}, {**saved, "agent": hostile}]:
         if isinstance(content, (bytes, bytearray)):
             path.write_bytes(content)
         elif content is not None:
@@ -309,25 +299,21 @@ def test_a_run_standardizes_what_varies_and_scores_by_the_datasets_own_reference
         assert row["normalized_score"] == pytest.approx(100 * (row["episodic_return"] + 10) / 60)
 
 
-OUT_OF_RANGE = {
-    "at least 1": "batch_size=0 eval_frequency=0 eval_episodes=0 final_episodes=0 eval_envs=0",
-    "episodes and environments": "max_episodes=0 max_episodes=-1",
-    "between 0 and 1": "expectile=0 expectile=1 gamma=-1 gamma=2 tau=-1 tau=2 actor_dropout=-1 actor_dropout=1",
-    "at least 0": "learning_rate=0 learning_rate=nan max_weight=-1 beta=-1",
-}
-LENGTHS = {iql: "total_updates=-1"}
-LENGTHS[iql_finetune] = "offline_updates=-1 online_steps=-1 learning_starts=-1 exploration_scale=-1"
-FITTING = "gamma=0 gamma=1 tau=0 tau=1 actor_dropout=0 beta=0 max_weight=0 max_episodes=1 batch_size=1"
-
-
-@pytest.mark.parametrize("script", LENGTHS, ids=SCRIPTS)
+@pytest.mark.parametrize("script", [iql, iql_finetune], ids=SCRIPTS)
 def test_an_argument_out_of_range_is_refused(script, tmp_path, capsys):
-    for telling, arguments in [*OUT_OF_RANGE.items(), ("at least 0", LENGTHS[script]), ("", FITTING)]:
-        for name, value in (argument.split("=") for argument in arguments.split()):
-            with pytest.raises(ValueError, match=telling) if telling else nullcontext():
-                script.Args(**{name: float(value)})
-            if name in LENGTHS[script]:
-                script.Args(**{name: 0})
+    own = "total_updates" if script is iql else "offline_updates online_steps learning_starts exploration_scale"
+    at_least_0 = [*own.split(), "max_weight", "beta"]
+    at_least_1 = "batch_size eval_frequency eval_episodes final_episodes eval_envs max_episodes".split()
+    between = [("gamma", -1), ("gamma", 2), ("tau", -1), ("tau", 2), ("expectile", 0), ("expectile", 1)]
+    cases = [("between 0 and 1", *case) for case in (*between, ("actor_dropout", -1), ("actor_dropout", 1))]
+    cases += [("at least 1", name, value) for name in at_least_1 for value in (-1, 0)]
+    cases += [("at least 0", name, -1) for name in (*at_least_0, "learning_rate")]
+    cases += [("at least 0", "learning_rate", 0), ("at least 0", "learning_rate", np.nan)]
+    cases += [("", name, 0) for name in (*at_least_0, "gamma", "tau", "actor_dropout")]
+    cases += [("", name, 1) for name in (*at_least_1, "gamma", "tau")]
+    for telling, name, value in cases:
+        with pytest.raises(ValueError, match=telling) if telling else nullcontext():
+            script.Args(**{name: value})
     assert refused("2", script.__name__, tmp_path, "--actor-dropout 1") == 2  # tyro's status
     assert "--actor-dropout must lie between" in " ".join(capsys.readouterr().err.split())
     for steps in (1, 10) if script is iql_finetune else ():

@@ -1,7 +1,4 @@
-"""Whole runs are what this test computes itself: IQL's update written down again, on data that it prepares.
-
-The same random numbers, from the checkpoint of a run without updates. No flag has its default.
-"""
+"""Whole runs are what this test computes itself: IQL's update written down again, on data that it prepares."""
 
 import math
 
@@ -16,6 +13,7 @@ from torch.distributions import Normal
 import iql_continuous
 
 NAMES = ("observations", "actions", "rewards", "next_observations", "terminations")
+# no flag has its default
 GAMMA, TAU, EXPECTILE, BETA, MAX_WEIGHT, DROPOUT, RATE = 0.9, 0.3, 0.6, 2.0, 0.9, 0.3, 0.01
 FLAGS = f"--gamma {GAMMA} --tau {TAU} --expectile {EXPECTILE} --beta {BETA} --max-weight {MAX_WEIGHT} --seed 7 "
 FLAGS += f"--actor-dropout {DROPOUT} --learning-rate {RATE} --batch-size 16 --reward-scale 0.25 --reward-shift 0.5 "
@@ -41,10 +39,12 @@ def prepare(normalize, count):
 
 
 class Replay:
-    """Networks as a checkpoint has them, and what IQL does to them."""
+    """Networks and random numbers as a checkpoint of no updates has them, and what IQL does to them."""
 
-    def __init__(self, saved):
+    def __init__(self, saved, mean, std):
         self.networks = {name: tensor.clone() for name, tensor in saved["agent"].items()}
+        np.testing.assert_allclose(self.networks["actor.obs_mean"], mean)
+        np.testing.assert_allclose(self.networks["actor.obs_std"], std)
         torch.set_rng_state(saved["rng_state"])
         self.adams = []
         for names in ("vf.", "actor.", ("qf1.", "qf2.")):
@@ -110,21 +110,16 @@ class Replay:
         return ((torch.tensor(obs)[None] - mean) / std).float()
 
 
-def cosine(done, total):
-    return RATE * 0.5 * (1 + math.cos(math.pi * done / total))
-
-
 def test_an_offline_run(tmp_path):
     """The data are normalized here, and the last episode is left out."""
     for updates in (0, 5):
         run("iql_continuous", tmp_path / str(updates), f"{FLAGS} --max-episodes 3 --total-updates {updates}")
     data, mean, std = prepare(True, 3)
-    replay = Replay(saved_by(tmp_path / "0"))
-    np.testing.assert_allclose(replay.networks["actor.obs_mean"], mean)
-    np.testing.assert_allclose(replay.networks["actor.obs_std"], std)
+    replay = Replay(saved_by(tmp_path / "0"), mean, std)
     for k in range(5):
         indices = torch.randint(30, (16,))
-        replay.update({name: column[indices] for name, column in data.items()}, cosine(k, 5))
+        rate = RATE * 0.5 * (1 + math.cos(math.pi * k / 5))
+        replay.update({name: column[indices] for name, column in data.items()}, rate)
     replay.assert_same(tmp_path / "5")
 
 
@@ -139,9 +134,7 @@ def test_an_online_run(anneal, tmp_path):
     count = 30 if anneal else 40
     data, mean, std = prepare(anneal, count // 10)
     data = {name: torch.cat([column, torch.zeros(45, *column.shape[1:])]) for name, column in data.items()}
-    replay = Replay(saved_by(tmp_path / "0"))
-    np.testing.assert_allclose(replay.networks["actor.obs_mean"], mean)
-    np.testing.assert_allclose(replay.networks["actor.obs_std"], std)
+    replay = Replay(saved_by(tmp_path / "0"), mean, std)
     env, obs, ends, rows = iql_continuous.make_env("tiny_env:Ending-v0")(), None, [], []
     for k in range(-1, 46):
         if k > 0:
@@ -160,7 +153,7 @@ def test_an_online_run(anneal, tmp_path):
                 ends.append((2 + k, episodic_return, success))
                 obs = None
         if k <= 0 or k > 12:
-            rate = cosine(k - 1, 45) if anneal and k > 0 else RATE
+            rate = RATE * 0.5 * (1 + math.cos(math.pi * (k - 1) / 45)) if anneal and k > 0 else RATE
             indices = (torch.rand(16, dtype=torch.float64) * (count + max(0, k))).long()
             replay.update({name: column[indices] for name, column in data.items()}, rate)
     torch.testing.assert_close(torch.from_numpy(online.reshape(45, 10)), torch.stack(rows), rtol=1e-3, atol=1e-4)

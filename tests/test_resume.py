@@ -19,6 +19,7 @@ from tiny_env import episode, write
 import iql_continuous
 
 ONLINE = "--offline-updates 20 --online-steps 60 --learning-starts 10"  # in episodes that each end at a checkpoint
+PLACES = [(torch, "save", 6), (os, "replace", 8), (csv.DictWriter, "writerows", 5), (torch, "randn_like", 36)]
 MORE = {"iql_continuous": "--total-updates", "iql_finetune": "--online-steps"}
 
 
@@ -50,14 +51,10 @@ def straight(request, tmp_path_factory):
     return script, flags, folder
 
 
-PLACES = [(torch, "save", 6), (os, "replace", 8), (csv.DictWriter, "writerows", 5), (torch, "randn_like", 36)]
-
-
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place[1])
 def test_a_kill_at_the_worst_moments_changes_no_bit(place, straight, tmp_path):
-    """The last place is that of an online action."""
     script, flags, folder = straight
-    if place[1] == "randn_like" and flags != ONLINE:
+    if place[1] == "randn_like" and flags != ONLINE:  # it draws online actions
         return
     with killed(*place):
         run(script, tmp_path, flags)
@@ -125,8 +122,7 @@ def test_a_signal_before_the_first_evaluation_leaves_nothing_and_one_to_a_worker
 # WHAT IS GIVEN ANEW
 @by_script
 def test_arguments_given_on_resume_hold_from_then_on(script, tmp_path):
-    length = {"iql_continuous": "--total-updates 20", "iql_finetune": "--offline-updates 0 --online-steps 20"}
-    run(script, tmp_path, length[script])
+    run(script, tmp_path, f"{NOTHING[script]} {MORE[script]} 20")
     path, before, best = run_dir(tmp_path), saved_by(tmp_path), (run_dir(tmp_path) / "best.pt").read_bytes()
     torch.save({**before, "best_return": 1e9}, path / "checkpoint.pt")  # no later evaluation is better
     with killed(torch, "save", 2):  # before the first new evaluation's checkpoint

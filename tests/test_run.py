@@ -153,7 +153,7 @@ def units_of(saved):
 @by_script
 def test_a_checkpoint_gives_statistics_units_and_data_where_nothing_else_is_asked_for(script, beginning, tmp_path):
     path, before, normalize = beginning
-    flags = f"--env-id tiny_env:Ending-v0 --checkpoint {path} {FLAGS[script]} --dataset-id None"
+    flags = f"{FLAGS[script]} --checkpoint {path} --dataset-id None"
     other = {"dataset_id": "tiny/other-v0", "max_episodes": None, "reward_scale": 0.5, "reward_shift": 0.0}
     asked = {"": {}, "--max-episodes 2": {"max_episodes": 2}}
     asked["--dataset-id tiny/other-v0 --reward-scale 0.5 --reward-shift 0"] = other
@@ -184,10 +184,10 @@ def test_a_checkpoint_gives_statistics_units_and_data_where_nothing_else_is_aske
 @pytest.mark.parametrize("given", ["None", "no/such-v0"])
 def test_an_evaluation_alone_reads_no_data_and_passes_on_what_the_checkpoint_had(given, beginning, tmp_path):
     path, before, _ = beginning
-    flags = "--env-id tiny_env:Ending-v0 --dataset-id"
-    printed = run("iql_continuous", tmp_path / "0", f"{flags} {given} --total-updates 0 --checkpoint {path}")
+    flags = f"{ENDING} --total-updates 0 --checkpoint {path} --dataset-id {given}"
+    printed = run("iql_continuous", tmp_path / "0", flags)
     assert f" with {path}, seed 1: " in printed and not written_by(tmp_path / "0").json.keys() & {"dataset", "random"}
-    run("iql_finetune", tmp_path / "1", f"{flags} None --checkpoint {run_dir(tmp_path / '0')}/best.pt")
+    run("iql_finetune", tmp_path / "1", f"{ENDING} --dataset-id None --checkpoint {run_dir(tmp_path / '0')}/best.pt")
     assert units_of(saved_by(tmp_path / "0")) == units_of(saved_by(tmp_path / "1")) == units_of(before)
 
 
@@ -198,8 +198,7 @@ def test_the_final_policy_is_filmed_for_one_episode(script, tmp_path, monkeypatc
     fake = SimpleNamespace(ImageSequenceClip=lambda all_frames, fps: frames.extend(all_frames) or clip)
     for name in ("moviepy", "moviepy.video", "moviepy.video.io", "moviepy.video.io.ImageSequenceClip"):
         monkeypatch.setitem(sys.modules, name, fake)
-    wandb = SimpleNamespace(init=lambda **_: None, Video=str, log=logged.append)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: None, Video=str, log=logged.append))
     run(script, tmp_path, f"{NOTHING[script]} --capture-video --track")
     film = f"videos/{run_dir(tmp_path).name}/rl-video-episode-0.mp4"
     assert logged == [{"video": film}] and [*tmp_path.glob("videos/*/*.mp4")] == [tmp_path / film]
