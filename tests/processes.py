@@ -25,10 +25,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parent.parent
-LENGTH = {
-    "iql_continuous": "--total-updates",
-    "iql_finetune": "--online-steps 0 --offline-updates",
-}  # all of it offline
+LENGTH = {"iql_continuous": "--total-updates", "iql_finetune": "--online-steps 0 --offline-updates"}  # offline alone
 NOTHING = {script: f"{flags} 0" for script, flags in LENGTH.items()}
 # 13 evaluations with a checkpoint each. Whole episodes before the first online update: those of a resumed run, which
 # begin anew, end where others do

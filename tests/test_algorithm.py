@@ -2,7 +2,7 @@
 
 `golden/official_iql_20_updates.npz` holds what the official JAX implementation computed on the same weights and batches
 (float32, dropout off): `losses` (20, 6) are value loss, critic loss, actor loss, mean V before its step, mean Q1 before
-its step and mean advantage after V's step. What the trained networks are then is test_replay.py's.
+its step and mean advantage after V's step; `q1 q2 tq1 tq2 v mean log_std` are the trained networks' outputs on a batch.
 """
 
 import ast
@@ -41,12 +41,12 @@ def golden_agent(script, args):
     return agent
 
 
-def golden_batches():
-    rng = np.random.RandomState(1)
-    for _ in range(20):
-        batch = {"observations": rng.standard_normal((256, OBS_DIM)), "actions": rng.uniform(-1, 1, (256, ACT_DIM))}
-        batch |= {"rewards": rng.standard_normal(256), "terminations": rng.uniform(size=256) <= 0.1}
-        batch["next_observations"] = rng.standard_normal((256, OBS_DIM))
+def golden_batches(count=20, size=256, seed=1):
+    rng = np.random.RandomState(seed)
+    for _ in range(count):
+        batch = {"observations": rng.standard_normal((size, OBS_DIM)), "actions": rng.uniform(-1, 1, (size, ACT_DIM))}
+        batch |= {"rewards": rng.standard_normal(size), "terminations": rng.uniform(size=size) <= 0.1}
+        batch["next_observations"] = rng.standard_normal((size, OBS_DIM))
         yield {name: torch.tensor(array.astype(np.float32)) for name, array in batch.items()}
 
 
@@ -60,6 +60,12 @@ def test_twenty_updates_agree_with_the_official_implementation(script):
         metrics = script.update(agent, optimizers, batch, args)
         losses.append([metrics[name].mean().item() for name in COLUMNS])
     np.testing.assert_allclose(losses, GOLDEN["losses"], rtol=1e-3, atol=1e-4)
+    agent.eval()
+    obs, actions, *_ = next(golden_batches(1, 64, seed=99)).values()
+    found = dict(zip(("mean", "log_std"), agent.actor(obs), strict=True)) | {"v": agent.vf(obs)}
+    critics = {"q1": agent.qf1, "q2": agent.qf2, "tq1": agent.qf1_target, "tq2": agent.qf2_target}
+    for name, output in (found | {name: critic(obs, actions) for name, critic in critics.items()}).items():
+        np.testing.assert_allclose(output.detach(), GOLDEN[name], rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 def test_networks_begin_as_the_official_ones():
