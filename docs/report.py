@@ -171,7 +171,7 @@ def draw(results, path):
     if not panels:
         return
     columns, lines = min(3, len(panels)), -(-len(panels) // 3)
-    figure = Figure(figsize=(max(8, 1 + 3.5 * columns), 1 + 2.7 * lines), layout="constrained", dpi=150)
+    figure = Figure(figsize=(max(8, 1 + 3.5 * columns), 1.5 + 2.7 * lines), layout="constrained", dpi=150)
     for i, ((environment, data, episodes, _, unit), panel) in enumerate(panels.items()):
         ax = figure.add_subplot(lines, columns, i + 1)
         for (variant, updates), rows in group(panel, "variant", "updates").items():
@@ -193,7 +193,7 @@ def draw(results, path):
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.grid(alpha=0.3)
     (legend["final evaluation, over more start states"],) = ax.plot([], [], "D", color="gray")
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=1 + columns // 3, frameon=False)
     figure.savefig(path)
 
 

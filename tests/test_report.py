@@ -225,7 +225,9 @@ def test_figure(tmp_path, monkeypatch):
     for seed in (1, 2):
         write_run(tmp_path, (1, 4 * seed, 2, 9 * seed), seed=seed, asked=[500, 500, 666, 1000], author=["me"])
     report.main(tmp_path)
-    assert drawn.pop().get_figwidth() >= 8  # of a single panel: the legend needs it
+    (lone := drawn.pop()).draw_without_rendering()
+    legend = lone.legends[0].get_window_extent()
+    assert legend.x0 >= 0 and legend.x1 <= lone.bbox.width  # it is not cut off
     write_run(tmp_path, (1, 3, 2), HAMMER, data={"normalized_score": 44.0}, author="you")
     write_run(tmp_path, (1, 3, 2), HAMMER, data={"episodes": 5}, started=101)
     write_run(tmp_path, (5,), (PEN[0], None), checkpoint="a/best.pt", total_updates=0, started=200)
