@@ -170,7 +170,7 @@ def draw(results, path):
     panels, legend, colors = group(results, *SET), {}, {}
     if not panels:
         return
-    columns, lines = min(3, len(panels)), -(-len(panels) // 3)
+    lines = -(-len(panels) // (columns := {1: 1, 2: 2, 4: 2}.get(len(panels), 3)))
     figure = Figure(figsize=(max(8, 1 + 3.5 * columns), 1.5 + 2.7 * lines), layout="constrained", dpi=150)
     for i, ((environment, data, episodes, _, unit), panel) in enumerate(panels.items()):
         ax = figure.add_subplot(lines, columns, i + 1)
