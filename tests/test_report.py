@@ -226,13 +226,13 @@ def test_figure(tmp_path, monkeypatch):
         write_run(tmp_path, (1, 4 * seed, 2, 9 * seed), seed=seed, asked=[500, 500, 666, 1000], author=["me"])
     report.main(tmp_path)
     (lone := drawn.pop()).draw_without_rendering()
-    legend = lone.legends[0].get_window_extent()
-    assert legend.x0 >= 0 and legend.x1 <= lone.bbox.width  # it is not cut off
+    assert 0 <= (legend := lone.legends[0].get_window_extent()).x0 and legend.x1 <= lone.bbox.width  # it is not cut off
     write_run(tmp_path, (1, 3, 2), HAMMER, data={"normalized_score": 44.0}, author="you")
-    write_run(tmp_path, (1, 3, 2), HAMMER, data={"episodes": 5}, started=101)
+    for episodes in (5, 6):
+        write_run(tmp_path, (1, 3, 2), HAMMER, data={"episodes": episodes}, started=episodes)
     write_run(tmp_path, (5,), (PEN[0], None), checkpoint="a/best.pt", total_updates=0, started=200)
     report.main(tmp_path)
-    hammer, other, pen = drawn[0].axes
+    hammer, other, _, pen = drawn[0].axes
     curves = [[list(map(float, line.get_ydata())) for line in ax.lines[:4]] for ax in (hammer, pen)]
     assert curves == [[[1, 3], [2], [44, 44], [-3.25] * 2], [[1, 6], [9, 18], [55.5] * 2, [-3.25] * 2]]
     assert [list(line.get_xdata()) for line in pen.lines[:2]] == [[0, 333], [1000, 1000]]
@@ -240,7 +240,7 @@ def test_figure(tmp_path, monkeypatch):
     assert {tuple(map(float, corner)) for corner in band} == {(0, 1), (333, 4), (333, 8)}
     titles = [ax.get_title().split("\n", 1)[1] for ax in (hammer, other, pen)]
     data = [f"{HAMMER[1]}, 25 episodes\nauthor: you", f"{HAMMER[1]}, 5 episodes", f"{PEN[1]}, 25 episodes\nauthor: me"]
-    assert titles == data
+    assert titles == data and pen.get_subplotspec().get_geometry()[:2] == (2, 2)
     labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert labels[0] == "iql, 1000 updates" and labels[-1] == "final evaluation, over more start states"
     assert "iql, 500->666->1000 updates, mean and range of the seeds" in labels
