@@ -2,8 +2,8 @@
 # Usage: [VARIABLE=value ...] bash benchmark.sh [--report]
 #
 # Runs seeds of iql_continuous.py over tasks and datasets; then docs/report.py writes report.md, results.csv and
-# figure.png into OUT. The same command again skips finished runs and resumes interrupted ones; with more UPDATES, or
-# ONLINE_STEPS, it goes on with finished ones. --report only collects what is in OUT.
+# figure.png into OUT. The same command again skips finished runs and resumes interrupted ones; with more UPDATES (with
+# FINETUNE=1, more ONLINE_STEPS) it goes on with finished ones. --report only collects what is in OUT.
 #
 #   TASKS            environments (default: AdroitHandPen-v1 AdroitHandHammer-v1)
 #   DATASETS         Minari ids, human means D4RL/{task}/human-v2, {task} the task (default: human cloned expert)
@@ -42,7 +42,7 @@ trap 'stop 129' HUP && trap 'stop 130' INT && trap 'stop 143' TERM
 [[ $FINETUNE$ENGINE == [01]@(local|slurm) ]] || die "FINETUNE=$FINETUNE must be 0 or 1, ENGINE=$ENGINE local or slurm."
 [[ $ENGINE${SLURM_ARRAY_TASK_ID:-}$* != slurm ]] || command -v sbatch > /dev/null || die "ENGINE=slurm needs sbatch."
 command -v "$PYTHON" > /dev/null || die "'$PYTHON' is not there: set PYTHON to the Python that has requirements.txt."
-here=$(dirname "$(realpath "$0")")
+here=$(dirname "$(realpath "$0")") status=0
 if ((FINETUNE)); then
     : "${SCRIPT:=$here/iql_finetune.py}" "${OUT:=runs/benchmark_finetune}"
     begin="--offline-updates $UPDATES" length="--online-steps $ONLINE_STEPS"
@@ -58,7 +58,6 @@ PYTHON=$(realpath -s "$(command -v "$PYTHON")") SCRIPT=$(realpath -s "$SCRIPT") 
 cd "$OUT" 2> /dev/null || die "OUT=$OUT is no folder: nothing was run there yet." # where all runs start
 
 report() { # LOG...: with the end of those that are not finished
-    status=0
     "$PYTHON" "$here/docs/report.py" "$PWD" || status=1
     for log in "$@"; do
         [[ ! -f $log || $(tail -n 1 "$log") == finished:* ]] || { status=1 && echo Unfinished: && tail -vn 10 "$log"; }
@@ -73,8 +72,7 @@ cmp "$SCRIPT" "$script" || die "$OUT is of another $script: set OUT, rename your
 export PYTHON OUT=$PWD SCRIPT=$PWD/$script LENGTH=$length
 
 folder() { sed -En 's|^(runs/[^ :/]+): .*|\1|p' "$1" 2> /dev/null | tail -n 1; } # of a log's run, as the script says
-# a line for each run: its log and its command
-runs=() sets=()
+runs=() sets=() # of each run its log and its command
 IFS=';' read -rd '' -a variants <<< "${VARIANTS:=${script%.py}}" || true
 [[ ! " $EXTRA $VARIANTS " =~ [[:space:]]--(env.id|dataset.id|exp.name|seed|resume|total.updates|online.steps) ]] ||
     die "EXTRA and VARIANTS cannot have --${BASH_REMATCH[1]}: labels and other variables set it, see --help."
@@ -91,6 +89,7 @@ for env in $TASKS; do
             [[ -z $others ]] || die "$label is the label of another script's runs in $OUT: choose another in VARIANTS."
             for seed in $SEEDS; do
                 name=${env//[:\/]/_}__$label.${dataset//\//.}__$seed
+                [[ " ${runs[*]%% *} " != *" logs/$name.log "* ]] || die "$name is asked for twice: name it once."
                 command="$script --env-id $env --dataset-id $dataset --exp-name $label.${dataset//\//.}"
                 read -rd '' -a words <<< "$command $begin $EXTRA $flags --seed $seed" || true
                 [[ ! -e $(folder "logs/$name.log") || $(head -n 1 "logs/$name.log") == "${words[*]}" ]] ||
@@ -108,8 +107,8 @@ run() { # "LOG SCRIPT FLAG...": begins a run, or goes on with it, on the GPU of 
     exec 9>> "$log" # the run inherits it, with the lock
     flock -n 9 || { (($? > 1)) && echo "$name is not locked, $OUT has no locks: do not start this twice at a time"; } ||
         { echo "FAILED $name: it is being run already" && return 1; }
-    [[ $(tail -n 1 "$log") != "finished: $LENGTH" ]] || { echo "$name was finished before" && return; }
     dir=$(folder "$log")
+    [[ ! -e $dir || $(tail -n 1 "$log") != "finished: $LENGTH" ]] || { echo "$name was finished before" && return; }
     [[ -e $dir ]] || echo "$*" > "$log" # nothing was trained: its flags may be corrected
     [[ ! -f $dir/checkpoint.pt ]] || set -- "$1" --resume "$dir"
     "$PYTHON" -u "$@" $LENGTH >&9 2>&1 || { echo "$(date +%T) FAILED $name" && return 1; }
@@ -136,5 +135,6 @@ slots=$((${#gpus[@]} ? ${#gpus[@]} * WORKERS_PER_GPU : ${WORKERS:-cores}))
 export -f run folder && export GPUS=${gpus[*]} OMP_NUM_THREADS=1 # more would give other bits on other machines
 echo "${#runs[@]} runs into $OUT, $slots at a time on ${#gpus[@]} GPUs and $cores cores"
 group xargs -a <(printf '%s\n' "${runs[@]}") -d '\n' -n 1 -P "$slots" --process-slot-var=SLOT \
-    bash -c "run \"\$1\"" run || [[ $ENGINE == local ]]
+    bash -c "run \"\$1\"" run || status=1
 [[ $ENGINE == slurm ]] || report "${runs[@]%% *}"
+exit $status

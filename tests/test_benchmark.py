@@ -190,7 +190,7 @@ def test_finetune(benchmark):
 
 
 def test_finished_runs_go_on_with_more_updates(benchmark):
-    """With fewer they end in a message, and nothing is lost."""
+    """With fewer they end in a message, and nothing is lost. A run whose folder is gone is done again."""
     benchmark()
     logs = benchmark.logs()
     assert benchmark().count("was finished before") == 2
@@ -199,6 +199,7 @@ def test_finished_runs_go_on_with_more_updates(benchmark):
     (run,) = benchmark.out.glob("runs/*__1__*")
     first, _ = benchmark.starts().values()
     assert first["argv"] == ["--resume", f"runs/{run.name}", "--total-updates", "2000"]
+    shutil.rmtree(*benchmark.out.glob("runs/*__2__*"))
     assert "has done 2000 updates already" in benchmark(status=1)
     assert len(list(benchmark.out.glob("runs/*"))) == 2
     benchmark(UPDATES="2000")
@@ -291,6 +292,8 @@ def test_failed_runs(benchmark):
     for text in (output, benchmark("--report", status=1)):
         assert failed in text and "There is no luck in 13." in text and text.count("<==") == 1 and "2 runs in" in text
     benchmark(SEEDS="1")
+    benchmark.add_tool("mortal", f'[[ $* != *--resume* ]] || kill -KILL $$; exec {sys.executable} "$@"')
+    assert " FAILED " in benchmark(SEEDS="1", UPDATES="2000", PYTHON="mortal", status=1)  # without a word in its log
     (benchmark.folder / "docs" / "report.py").write_text("raise SystemExit(3)")
     benchmark(SEEDS="1", status=1)
 
@@ -355,6 +358,7 @@ def test_slurm(benchmark):
         ({"WORKERS": "0"}, "WORKERS=0 "),
         ({"VARIANTS": "iql; --beta 0"}, "VARIANTS are labels with flags, not '--beta 0'"),
         ({"VARIANTS": "iql;"}, "VARIANTS are labels with flags, not ' '"),
+        ({"VARIANTS": "iql; iql --beta 0"}, "AdroitHandPen-v1__iql.D4RL.pen.human-v2__1 is asked for twice"),
         ({"PYTHON": "no_such_python"}, "'no_such_python' is not there"),
         ({"SCRIPT": "no_such.py"}, "no_such.py"),
         ({"SCRIPT": "my variant.py"}, "'my variant.py' must be a name of"),
