@@ -17,16 +17,15 @@ NUMBERS = ("final", "best", "success_rate", "wall_seconds", "random_score", "dat
 COLUMNS = ("environment", "data", "variant", "seed", "updates", "unit", *NUMBERS, "dataset_episodes")
 SET = ("environment", "data", "dataset_episodes", "dataset_score", "unit")  # an id alone may name unlike data
 IDENTITY = (*SET, "variant", "updates", "seed")
-EVALUATED = "only evaluated"  # the data of a run that trained nothing
 HEAD = "environment|data (episodes, score)|variant|updates|runs|final|IQM of final|best|success".split("|")
 NOTES = """
 Scores are normalized as in D4RL: 0 is its random policy, 100 its expert. Environments without such a reference have
 plain returns, and say so. Final is the last evaluation, best the best of a run, ± the standard deviation over seeds
 (divisor n). IQM is the mean of the middle half of the runs, with the 95% interval of 10,000 stratified bootstrap
-samples (Agarwal et al. 2021). a+b updates are a offline and those of b online steps; a->b were a at first and then
-lengthened to b, whose cosine the learning rate followed from there on. data[:n] are the first n episodes. A checkpoint
-is evaluated once, whatever the seed. Single runs, minutes and random policies are in results.csv; published scores are
-in docs/results.md.
+samples (Agarwal et al. 2021). "all" needs as many runs of each set. a+b updates are a offline and those of b online
+steps; a->b were a at first and then lengthened to b (a@c->b after c of them), whose cosine the learning rate followed
+from there on. data[:n] are the first n episodes. A checkpoint is evaluated once, whatever the seed. Single runs,
+minutes and random policies are in results.csv; published scores are in docs/results.md.
 """
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's, for all eyes
 
@@ -49,9 +48,10 @@ def read_run(path):
     run, table = json.loads(path.read_text(encoding="utf-8")), path.with_name("evaluations.csv")
     rows = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines() if table.exists() else []))
     rows = [row for row in rows if row["wall_seconds"]]  # not one that was cut
-    args, data = run["args"], run["args"]["dataset_id"] if "dataset" in run else EVALUATED
+    args, data = run["args"], run["args"]["dataset_id"]
     label = args["exp_name"].removesuffix("." + data.replace("/", "."))
-    data += f"[:{args['max_episodes']}]" if args["max_episodes"] and "dataset" in run else ""
+    data += f"[:{args['max_episodes']}]" if args["max_episodes"] else ""
+    data = data if "dataset" in run else f"only evaluated, of {data}"  # trained nothing: the data are its checkpoint's
     common = {"environment": args["env_id"], "data": data, "seed": str(args["seed"]), "run": path.parent.name}
     common |= {"checkpoint": "/".join(Path(args["checkpoint"] or "").parts[-2:])}
     common["args"] = {name: value for name, value in args.items() if name not in SAME}
@@ -59,9 +59,9 @@ def read_run(path):
     total = offline + args.get("online_steps", args.get("total_updates"))
     # fine-tuning has its cosine online; a row tells what length it was asked for
     later = [row for row in rows if row.get("online_steps") != "0"]
-    lengths = [int(row.get("total_steps") or row.get("total_updates") or total) - offline for row in later]
-    begin = "checkpoint" if args["checkpoint"] else str(offline)
-    updates = f"{begin}+{'->'.join(map(str, dict.fromkeys([*lengths, total - offline])))}"
+    asked = {int(row.get("total_steps") or row.get("total_updates") or total): row["global_step"] for row in later}
+    lengths = [f"{n - offline}" + f"@{int(at) - offline}" * (at != str(n)) for n, at in asked.items()]
+    updates = f"{(begin := 'checkpoint' if args['checkpoint'] else str(offline))}+{'->'.join(lengths)}"
     phases = [("", updates.removeprefix("0+"), rows)]
     if "online_steps" in args:
         phases = [(" offline", begin, [row for row in rows if row not in later]), (" online", updates, later)]
@@ -145,10 +145,10 @@ def make_table(results):
     for (environment, data, episodes, _, unit, *_), rows in group(results, *SET, "variant", "updates").items():
         found = f"{data} ({episodes}, {rows[0]['dataset_score']:z.1f})".replace(" (, nan)", "")
         entries.append((environment + (" (returns)" if unit == "return" else ""), found, [rows]))
-    comparable = [row for row in results if row["unit"] == "normalized" and row["data"] != EVALUATED and row["args"]]
+    comparable = [row for row in results if row["unit"] == "normalized" and row["dataset_episodes"] and row["args"]]
     for rows in group(comparable, "variant", "updates", "args").values():
         strata = list(group(rows, *SET).values())
-        entries += [("all", f"{len(strata)} sets", strata)] if len(strata) > 1 else []
+        entries += [("all", f"{len(strata)} sets", strata)] if len(strata) > 1 == len({*map(len, strata)}) else []
     for environment, data, strata in entries:
         rows = [row for stratum in strata for row in stratum]
         finals = [np.array([row["final"] for row in stratum]) for stratum in strata]
@@ -166,8 +166,8 @@ def make_table(results):
 
 def draw(results, path):
     """Learning curves, if there are any: a panel for each environment and dataset."""
-    results = [row for row in results if "curve" in row and row["data"] != EVALUATED]
-    panels, legend, colors = group(results, *SET), {}, {}
+    results = [row for row in results if "curve" in row and row["dataset_episodes"]]
+    panels, legend, styles = group(results, *SET), {}, {}
     if not panels:
         return
     lines = -(-len(panels) // (columns := {1: 1, 2: 2, 4: 2}.get(len(panels), 3)))
@@ -176,13 +176,13 @@ def draw(results, path):
         ax = figure.add_subplot(lines, columns, i + 1)
         for (variant, updates), rows in group(panel, "variant", "updates").items():
             name = f"{variant}, {updates} updates"
-            color = colors.setdefault(name, COLORS[len(colors) % len(COLORS)])
+            color, style = styles.setdefault(name, (COLORS[len(styles) % 6], ("-", "-.", ":")[len(styles) // 6 % 3]))
             name += ", mean and range of the seeds" if len(rows) > 1 else ""
             steps = rows[0]["curve"][0]
             scores = np.array([np.interp(steps, *row["curve"]) for row in rows if steps])
             if steps:
                 ax.fill_between(steps, scores.min(0), scores.max(0), color=color, alpha=0.2, linewidth=0)
-                (legend[name],) = ax.plot(steps, scores.mean(0), color=color)
+                (legend[name],) = ax.plot(steps, scores.mean(0), style, color=color)
             mark = ax.plot([row["step"] for row in rows], [row["final"] for row in rows], "D", color=color, alpha=0.7)
             legend.setdefault(name, *mark)
         legend["mean of the dataset"] = ax.axhline(panel[0]["dataset_score"], color="black", linestyle="--")

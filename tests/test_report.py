@@ -17,7 +17,7 @@ PEN, HAMMER = (("AdroitHandPen-v1", "D4RL/pen/human-v2"), ("AdroitHandHammer-v1"
 
 
 def write_run(folder, scores=(1.0, 4.0, 2.0), task=PEN, normalized=True, started=100, data=(), author=None, **args):
-    """The directory of a run with these scores, each of which `asked` for a length; without a dataset, it evaluates."""
+    """The directory of a run with these scores, each of which `asked` for a length; one of no updates evaluates."""
     args = {"env_id": task[0], "dataset_id": task[1], "exp_name": "iql", "seed": 1, "beta": 3.0, **args}
     args = {"checkpoint": None, "max_episodes": None, "eval_episodes": 20, **args}
     online, offline = "online_steps" in args, args.get("offline_updates", 0)
@@ -27,7 +27,7 @@ def write_run(folder, scores=(1.0, 4.0, 2.0), task=PEN, normalized=True, started
     (path := folder / f"{task[0]}__{args['exp_name']}__{args['seed']}__{started}").mkdir(parents=True)
     data = {"episodes": 25, "episodic_return": 55.5, "normalized_score": 55.5, **dict(data)}
     random = {"episodic_return": 1.0, "normalized_score": -3.25}
-    measured = {"dataset": data, "random": random} if task[1] else {}
+    measured = {"dataset": data, "random": random} if args.get("total_updates", 1) else {}
     (path / "args.json").write_text(json.dumps({"args": args, "author": author, **measured}))
     rows = []
     for step, score, length in zip(steps, scores, asked, strict=True):
@@ -105,7 +105,7 @@ def test_unlike_data_under_one_id(tmp_path, rows):
         write_run(tmp_path, (0, 75 + 10 * seed), data=data, seed=max(seed, 2), started=seed)
     columns = ("data (episodes, score)", "runs", "final")
     wanted = f"{PEN[1]} (5, 55.0) 1 75.0, {PEN[1]} (500, 55.0) 1 85.0, {PEN[1]} (500, 550.0) 2 100.0 ± 5.0"
-    assert rows(*columns) == f"{wanted}, 3 sets 4 90.0"
+    assert rows(*columns) == wanted  # none over all sets: one has more runs
     assert "Replaced" not in (tmp_path / "report.md").read_text()
     (tmp_path / "new").mkdir()  # its rows have no arguments to tell what is alike in all sets
     assert rows(*columns, folder=tmp_path / "new", merge=tmp_path / "results.csv") == wanted
@@ -118,12 +118,14 @@ def test_each_phase_of_fine_tuning_has_its_row(tmp_path, rows):
     tuned = {"exp_name": "tuned", "offline_updates": 100, "online_steps": 50, "steps": [0, 50, 100, 130, 150]}
     write_run(tmp_path, (9.0, 1.0, 2.0, 4.0, 3.0), asked=[130, 130, 130, 130, 150], **tuned)
     write_run(tmp_path, (9.0, 1.0, 2.0, 7.0, 5.0), asked=[130, 130, 130, 150, 150], seed=2, **tuned)
+    write_run(tmp_path, (9.0, 1.0, 2.0, 7.0, 6.0), asked=[140, 140, 140, 140, 150], seed=3, **tuned)
     write_run(tmp_path, asked=[500, 500, 1000])
     write_run(tmp_path, seed=2)
     assert rows("variant", "updates", "runs", "final", "best") == (
         "iql 1000 1 2.0 4.0, iql 500->1000 1 2.0 4.0, "
         "checked offline checkpoint 1 8.0 8.0, checked online checkpoint+50 1 7.0 7.0, "
-        "tuned offline 100 2 2.0 ± 0.0 9.0, tuned online 100+30->50 1 3.0 4.0, tuned online 100+50 1 5.0 7.0"
+        "tuned offline 100 3 2.0 ± 0.0 9.0, tuned online 100+30->50 1 3.0 4.0, "
+        "tuned online 100+40@30->50 1 6.0 7.0, tuned online 100+50 1 5.0 7.0"
     )
 
 
@@ -163,13 +165,15 @@ def test_checkpoints_that_share_a_seed_are_told_apart(tmp_path, rows):
 
 def test_runs_that_only_evaluate(tmp_path, rows):
     """One checkpoint is one number, whatever the seed, also with those of an earlier file; in no row over all sets."""
-    for i, (exp_name, name, task) in enumerate(zip("iijjj", "abbbc", (PEN, PEN, PEN, PEN, HAMMER), strict=True)):
+    tasks = (*4 * [PEN], *2 * [HAMMER], (PEN[0], "D4RL/pen/expert-v2"))
+    for i, (exp_name, name, task) in enumerate(zip("iijjjjj", "abbbccd", tasks, strict=True)):
         run = {"exp_name": exp_name, "checkpoint": f"/{name}/best.pt", "total_updates": 0, "seed": i // 3, "started": i}
-        write_run(tmp_path, (ord(name),), (task[0], None), max_episodes=5, **run)
+        write_run(tmp_path, (ord(name),), task, max_episodes=5, **run)
+    hammer, expert, human = (f"only evaluated, of {task[1]}[:5]" for task in (HAMMER, tasks[-1], PEN))
     for merge in (None, tmp_path / "results.csv"):
         assert rows("data (episodes, score)", "variant", "runs", "final", "best", merge=merge) == (
-            "only evaluated j 1 99.0 99.0, only evaluated i checkpoint=a/best.pt 1 97.0 97.0, "
-            "only evaluated i checkpoint=b/best.pt 1 98.0 98.0, only evaluated j 1 98.0 98.0"
+            f"{hammer} j 1 99.0 99.0, {expert} j 1 100.0 100.0, {human} i checkpoint=a/best.pt 1 97.0 97.0, "
+            f"{human} i checkpoint=b/best.pt 1 98.0 98.0, {human} j 1 98.0 98.0"
         )
         assert "Replaced" not in (tmp_path / "report.md").read_text()
 
@@ -228,11 +232,11 @@ def test_figure(tmp_path, monkeypatch):
     (lone := drawn.pop()).draw_without_rendering()
     assert 0 <= (legend := lone.legends[0].get_window_extent()).x0 and legend.x1 <= lone.bbox.width  # it is not cut off
     write_run(tmp_path, (1, 3, 2), HAMMER, data={"normalized_score": 44.0}, author="you")
-    for episodes in (5, 6):
-        write_run(tmp_path, (1, 3, 2), HAMMER, data={"episodes": episodes}, started=episodes)
-    write_run(tmp_path, (5,), (PEN[0], None), checkpoint="a/best.pt", total_updates=0, started=200)
+    for n in range(8):
+        write_run(tmp_path, (1, 3, 2), HAMMER, data={"episodes": 5 + (n > 0)}, exp_name=f"v{n}")
+    write_run(tmp_path, (5,), PEN, checkpoint="a/best.pt", total_updates=0, started=200)
     report.main(tmp_path)
-    hammer, other, _, pen = drawn[0].axes
+    hammer, other, many, pen = drawn[0].axes
     curves = [[list(map(float, line.get_ydata())) for line in ax.lines[:4]] for ax in (hammer, pen)]
     assert curves == [[[1, 3], [2], [44, 44], [-3.25] * 2], [[1, 6], [9, 18], [55.5] * 2, [-3.25] * 2]]
     assert [list(line.get_xdata()) for line in pen.lines[:2]] == [[0, 333], [1000, 1000]]
@@ -243,7 +247,8 @@ def test_figure(tmp_path, monkeypatch):
     assert titles == data and pen.get_subplotspec().get_geometry()[:2] == (2, 2)
     labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert labels[0] == "iql, 1000 updates" and labels[-1] == "final evaluation, over more start states"
-    assert "iql, 500->666->1000 updates, mean and range of the seeds" in labels
+    assert "iql, 500@333->666->1000 updates, mean and range of the seeds" in labels
+    assert len({(line.get_color(), line.get_linestyle()) for line in many.lines[:14:2]}) == 7
 
 
 def test_command(tmp_path):
