@@ -97,7 +97,7 @@ class Args:
     normalize_obs: bool = True
     """if toggled, observations are standardized with the dataset's mean and standard deviation, or a checkpoint's"""
     reward_scale: float | None = None
-    """factor on the rewards in training (default: the checkpoint's, else 0.05 for Adroit, 1 elsewhere)"""
+    """factor on the rewards in training (default: the checkpoint's, else 0.05 for D4RL's Adroit tasks, 1 elsewhere)"""
     reward_shift: float | None = None
     """added to the rewards in training before scaling, e.g. -1 for AntMaze (default: the checkpoint's, else 0)"""
     eval_frequency: int = 5000
@@ -379,8 +379,8 @@ def load_transitions(dataset, env, max_episodes=None):
     for episode in episodes:
         T, obs, terminations = len(episode.rewards), episode.observations, episode.terminations
         if isinstance(obs, dict):  # in the environment's order, as FlattenObservation has it: Minari sorts the keys
-            keys = getattr(env.unwrapped.observation_space, "spaces", obs)
-            obs = np.concatenate([obs[key].reshape(len(obs[key]), -1) for key in keys if key in obs], 1)
+            keys = getattr(env.env.env.observation_space, "spaces", ())  # none of a Box, which may have another order
+            obs = np.concatenate([obs[k].reshape(len(obs[k]), -1) for k in keys if k in obs] or [np.zeros((1, 0))], 1)
         obs = obs.reshape(len(obs), -1)
         shapes = [obs.shape, episode.actions.shape, episode.rewards.shape, terminations.shape]
         if shapes != (fitting := [(T + 1, *env.observation_space.shape), (T, *env.action_space.shape), (T,), (T,)]):
@@ -449,9 +449,9 @@ def load(path):
 def parse_args():
     """The arguments, and the checkpoint that they start from or resume, or None. Exits with a sentence."""
     args = tyro.cli(Args)
-    if not args.resume:
-        return args, load(args.checkpoint) if args.checkpoint else None
-    saved = load(Path(args.resume) / "checkpoint.pt")
+    if args.resume is None:
+        return args, None if args.checkpoint is None else load(args.checkpoint)
+    saved = load(f"{args.resume}/checkpoint.pt")
     if saved["args"].keys() != vars(args).keys() or "fingerprint" not in saved:
         sys.exit(f"{args.resume} is a run of another script or version: resume it with the one that began it.")
     args = tyro.cli(Args, default=Args(**saved["args"]))

@@ -146,9 +146,8 @@ def test_the_dataset_that_is_read_is_the_one_that_is_named(own_root, monkeypatch
         assert iql.load_dataset("AdroitHandPen-v1").id == "D4RL/pen/expert-v2"
     assert iql.load_dataset("AdroitHandPen-v1", "bundled/hammer/demos-v0").id == "bundled/hammer/demos-v0"
     there.assert_called_once_with("D4RL/pen/expert-v2")
-    # a bundled set takes the place of the default one, but of none that is named
     monkeypatch.setattr(minari, "download_dataset", Mock(side_effect=OSError(28, "No space left on device")))
-    assert iql.load_dataset("AdroitHandHammer-v1").id == "bundled/hammer/demos-v0"
+    assert iql.load_dataset("AdroitHandHammer-v1").id == "bundled/hammer/demos-v0"  # not in place of a named one
     said = capsys.readouterr().out
     assert "No space left on device" in said and "Using bundled/hammer/demos-v0: ITS SCORES ARE NOT D4RL" in said
     monkeypatch.setattr(minari, "download_dataset", Mock(side_effect=PermissionError("401: token expired\nRequest: 5")))
@@ -220,7 +219,7 @@ def test_a_dataset_that_does_not_fit_or_is_not_finite_is_refused(own_root):
     for name, shape in shapes:
         telling = f"does not fit Tiny-v0: .*{re.escape(str(shape))}"
         cases.append(("Tiny", [episode(), episode(**{name: np.zeros(shape, np.float32)})], OBSERVATIONS, telling))
-    for kind, keys, steps in (("Tiny", "z", 11), ("Parts", "z", 11), ("Parts", "za", 10)):
+    for kind, keys, steps in (("Tiny", "za", 11), ("Parts", "z", 11), ("Parts", "za", 10)):
         space = gym.spaces.Dict({key: Parts.parts[key] for key in keys})
         parts = {key: np.zeros((steps, *part.shape), np.float32) for key, part in space.items()}
         cases.append((kind, [episode(observations=parts)], space, "does not fit"))
@@ -263,8 +262,7 @@ def test_a_checkpoint_that_does_not_do_is_refused_and_nothing_in_it_is_executed(
     flipped, deflated = bytearray(data), bytearray(data)
     flipped[len(data) // 2] ^= 1  # within the weights
     deflated[data.index(b"PK\x01\x02") + 10] = 8  # says that a part is compressed, which none is
-    # unpickling it creates a file in the working directory
-    hostile = type("Hostile", (), {"__reduce__": lambda self: (os.system, ("touch executed",))})()
+    hostile = type("Hostile", (), {"__reduce__": lambda self: (os.system, ("touch executed",))})()  # if unpickled
     bad = [None, b"", data[:100_000], flipped, deflated, pickle.dumps(hostile), torch.zeros(3), [1, 2]]
     monkeypatch.chdir(tmp_path)
     for content in [*bad, {"weights": torch.zeros(3)}, {**saved, "agent": hostile}]:
