@@ -111,8 +111,7 @@ def definitions(script):
         name = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else getattr(node, "name", None)
         decorators = [ast.unparse(decorator) for decorator in getattr(node, "decorator_list", [])]
         texts |= {name: (decorators, ast.get_source_segment(source, node))} if name else {}
-    # python -O leaves assert statements out
-    assert not [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assert)]
+    assert not [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assert)]  # python -O skips them
     return texts
 
 

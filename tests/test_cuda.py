@@ -50,8 +50,7 @@ def test_a_captured_run_has_the_bits_of_a_plain_one_resumed_or_not(script, tmp_p
     path, flags = ROOT / f"{script}.py", f"{flags} {LENGTH[script]} 60"
     plain = trained(path, tmp_path / "plain", flags)
     captured = trained(path, tmp_path / "captured", f"{flags} --cudagraphs")
-    # one that stops after its checkpoint at 30 updates
-    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    (tmp_path / "tests").symlink_to(ROOT / "tests")  # for one that stops after its checkpoint at 30 updates
     text, place = path.read_text(), "        # losses: "
     stopping = f"        if global_step > 30:\n            sys.exit()\n{place}"
     (tmp_path / path.name).write_text(text.replace(place, stopping))

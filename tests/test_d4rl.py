@@ -51,8 +51,7 @@ def test_door_gives_the_rewards_that_the_original_environment_gave(k, monkeypatc
     assert np.abs(rewards - recorded).max() < 0.01
     assert rewards.sum() == pytest.approx(recorded.sum(), rel=0.01)
 
-    # gymnasium-robotics' own rewards are not these
-    monkeypatch.setattr(iql, "TASKS", {})
+    monkeypatch.setattr(iql, "TASKS", {})  # gymnasium-robotics' own rewards are not these
     _, own_rewards = replay(k)
     assert own_rewards.sum() != pytest.approx(recorded.sum(), rel=0.04)
 

@@ -13,8 +13,7 @@ from torch.distributions import Normal
 import iql_continuous
 
 NAMES = ("observations", "actions", "rewards", "next_observations", "terminations")
-# no flag has its default
-GAMMA, TAU, EXPECTILE, BETA, MAX_WEIGHT, DROPOUT, RATE = 0.9, 0.3, 0.6, 2.0, 0.9, 0.3, 0.01
+GAMMA, TAU, EXPECTILE, BETA, MAX_WEIGHT, DROPOUT, RATE = 0.9, 0.3, 0.6, 2.0, 0.9, 0.3, 0.01  # no default
 FLAGS = f"--gamma {GAMMA} --tau {TAU} --expectile {EXPECTILE} --beta {BETA} --max-weight {MAX_WEIGHT} --seed 7 "
 FLAGS += f"--actor-dropout {DROPOUT} --learning-rate {RATE} --batch-size 16 --reward-scale 0.25 --reward-shift 0.5 "
 FLAGS += "--env-id tiny_env:Ending-v0"

@@ -48,7 +48,6 @@ def test_evaluations_are_the_same_in_the_table_the_checkpoint_tensorboard_and_th
     assert [int(row["episodes"]) for row in rows] == [2, 2, 5 if finetune else 2, 2, 2, 2, 5]
     assert not finetune or [int(row["online_steps"]) for row in rows] == [0, 0, 0, 10, 20, 30, 40]
     assert {row["total_steps" if finetune else "total_updates"] for row in rows} == {"60"}
-
     for name in ("episodes", "episodic_return", "episodic_return_std", "success_rate"):
         found = [(int(row["global_step"]), pytest.approx(float(row[name]))) for row in rows]
         assert scalars[f"charts/{name}"] == found
@@ -56,8 +55,7 @@ def test_evaluations_are_the_same_in_the_table_the_checkpoint_tensorboard_and_th
     assert {tag for tag in scalars if tag.startswith("losses/")} == {f"losses/{name}" for name in names.split()}
     updates = [10, 20, 40, 50, 60] if finetune else [10, 20, 30, 40, 50, 60]
     assert [step for step, _ in scalars["losses/v_loss"]] == updates
-    # updates a second: the clock is read for them, then for the row
-    seconds = {int(row["global_step"]): float(row["wall_seconds"]) for row in rows}
+    seconds = {int(row["global_step"]): float(row["wall_seconds"]) for row in rows}  # SPS reads the clock before
     assert seconds[0] == 1 and sorted({*seconds.values()}) == [*seconds.values()]
     assert scalars["charts/SPS"] == [(step, pytest.approx(step / (seconds[step] - 1))) for step in updates]
     assert "|exp_name|an 'odd' name|" in written.text and "|beta|3.0|" in written.text
@@ -110,10 +108,8 @@ def test_adroit_has_its_settings_under_every_name_and_d4rls_references(script, e
     for found in (row, written["dataset"], written["random"]):
         score = 100 * (float(found["episodic_return"]) - 96.262799) / (3076.8331017826877 - 96.262799)
         assert float(found["normalized_score"]) == pytest.approx(score)
-    # an evaluation of fewer episodes than the others is no best one
-    assert [name.name for name in run_dir(tmp_path).glob("*.pt")] == ["checkpoint.pt"]
-    # the bundled set that takes the default one's place is named
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "none"))
+    assert [name.name for name in run_dir(tmp_path).glob("*.pt")] == ["checkpoint.pt"]  # few episodes are no best ones
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "none"))  # the bundled set in the default one's place
     assert "NOT D4RL" in run(script, tmp_path / "other", flags, tiny=False)
     written = written_by(tmp_path / "other").json
     own = ("bundled/pen/demos-v0", ["the authors of the IQL reference scripts"])
