@@ -164,8 +164,8 @@ def test_what_would_make_another_run_is_refused(script, tmp_path):
     assert resume(script, tmp_path / "work") == f"runs/{directory.name} is finished: {score}\n"
     (other,) = set(SCRIPTS) - {script}
     refused("of another script", other, tmp_path, f"--resume {directory}", tiny=False)
-    for flag in ("--resume nowhere", "--resume ''", "--checkpoint ''"):  # the latter of unset variables
-        refused(" is missing, damaged or not a checkpoint", script, tmp_path, flag)
+    for flag, its in (("resume no", "no/checkpoint.pt"), ("resume ''", "/checkpoint.pt"), ("checkpoint ''", "")):
+        refused(f"{its} is missing, damaged or not a checkpoint", script, tmp_path, f"--{flag}")
     assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in directory.iterdir()}
     saved = saved_by(tmp_path / "work")
     torch.save({**saved, "args": {**saved["args"], "cuda": True}}, directory / "checkpoint.pt")
