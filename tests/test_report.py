@@ -100,12 +100,12 @@ def test_plain_returns(tmp_path, rows):
 
 def test_unlike_data_under_one_id(tmp_path, rows):
     """Neither a row nor a replacement, also when they come from an earlier file; machines may round differently."""
-    for seed, (episodes, mean) in enumerate([(5, 55.0), (500, 55.0), (500, 550.0), (500, 550.0 + 1e-9)]):
-        data = {"episodes": episodes, "normalized_score": mean}
-        write_run(tmp_path, (0, 75 + 10 * seed), data=data, seed=max(seed, 2), started=seed)
-    columns = ("data (episodes, score)", "runs", "final")
-    wanted = f"{PEN[1]} (5, 55.0) 1 75.0, {PEN[1]} (500, 55.0) 1 85.0, {PEN[1]} (500, 550.0) 2 100.0 ± 5.0"
-    assert rows(*columns) == wanted  # none over all sets: one has more runs
+    for n, (episodes, mean) in enumerate([(5, 55.0), (500, 55.0), (500, 550.0)] * 2):
+        data = {"episodes": episodes, "normalized_score": mean + n * 1e-10}
+        write_run(tmp_path, (0, 75 + 10 * n), data=data, seed=n // 3, started=n)
+    columns, few, many = ("data (episodes, score)", "runs", "final"), f"{PEN[1]} (5, 55.0)", f"{PEN[1]} (500, 55"
+    wanted = f"{few} 2 90.0 ± 15.0, {many}.0) 2 100.0 ± 15.0, {many}0.0) 2 110.0 ± 15.0"
+    assert rows(*columns) == f"{wanted}, 3 sets 6 100.0"
     assert "Replaced" not in (tmp_path / "report.md").read_text()
     (tmp_path / "new").mkdir()  # its rows have no arguments to tell what is alike in all sets
     assert rows(*columns, folder=tmp_path / "new", merge=tmp_path / "results.csv") == wanted
