@@ -67,7 +67,7 @@ class Args:
     checkpoint: str | None = None
     """a checkpoint.pt or best.pt to start from; --total-updates 0 only evaluates it and needs no dataset"""
     resume: str | None = None
-    """the directory of a run to continue with its own arguments; its length can be raised"""
+    """the directory of a run to continue with its own arguments; its length can be changed"""
 
     # Algorithm specific arguments
     env_id: str = "AdroitHandHammer-v1"
@@ -75,9 +75,9 @@ class Args:
     dataset_id: str | None = None
     """the id of the Minari dataset (default: the checkpoint's, else the D4RL expert set of the Adroit task)"""
     max_episodes: int | None = None
-    """number of episodes to use, the dataset's first (default: all, or a checkpoint's if its dataset is used)"""
+    """number of episodes to use, the dataset's first (default: all, or the checkpoint's without --dataset-id)"""
     total_updates: int = 1_000_000
-    """number of updates; can be raised on resume"""
+    """number of updates; can be changed on resume"""
     batch_size: int = 256
     """the batch size of samples from the dataset"""
     learning_rate: float = 3e-4

@@ -67,7 +67,7 @@ class Args:
     checkpoint: str | None = None
     """a checkpoint.pt or best.pt of either script to start from; the offline phase is skipped"""
     resume: str | None = None
-    """the directory of a run to continue with its own arguments; its length can be raised"""
+    """the directory of a run to continue with its own arguments; its length can be changed"""
 
     # Algorithm specific arguments
     env_id: str = "AdroitHandHammer-v1"
@@ -75,11 +75,11 @@ class Args:
     dataset_id: str | None = None
     """the id of the Minari dataset (default: the checkpoint's, else the D4RL expert set of the Adroit task)"""
     max_episodes: int | None = None
-    """number of episodes to use, the dataset's first (default: all, or a checkpoint's if its dataset is used)"""
+    """number of episodes to use, the dataset's first (default: all, or the checkpoint's without --dataset-id)"""
     offline_updates: int = 1_000_000
     """number of updates on the dataset alone (none with --checkpoint)"""
     online_steps: int = 1_000_000
-    """number of environment steps after the offline updates, collected ones included; can be raised on resume"""
+    """number of environment steps after the offline updates, collected ones included; can be changed on resume"""
     learning_starts: int = 20_000
     """number of environment steps before the first online update"""
     exploration_scale: float = 0.3

@@ -132,6 +132,6 @@ def test_arguments_have_the_defaults_that_the_documentation_gives():
     finetune = {"exp_name": "iql_finetune", "offline_updates": 1_000_000, "online_steps": 1_000_000, "expectile": 0.8}
     finetune |= {"learning_starts": 20_000, "exploration_scale": 0.3, "anneal_lr": True}
     assert [vars(script.Args()) for script in SCRIPTS] == [{**both, **continuous}, {**both, **finetune}]
-    _, offline, online = (ROOT / "docs" / "details.md").read_text().split("\n## D4RL")[0].split("\n**Different while ")
+    _, offline, online = (ROOT / "docs" / "details.md").read_text().split("\n## D4RL")[0].split("\n**Different")
     assert re.search(r"`--beta` \|[^|]*\| 3 \|", offline) and "| 0.8, 3 |" in online
     assert "`--learning-starts` steps (20,000)" in online and "0.3 of it (`--exploration-scale`)" in online
