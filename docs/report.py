@@ -188,11 +188,11 @@ def draw(results, path):
         legend["mean of the dataset"] = ax.axhline(panel[0]["dataset_score"], color="black", linestyle="--")
         legend["random policy"] = ax.axhline(panel[0]["random_score"], color="gray", linestyle=":")
         author = panel[0]["author"] and f"\nauthor: {panel[0]['author']}"  # tells data recorded anew under a known id
-        ax.set_title(f"{environment}\n{data}, {episodes} episodes{author}", fontsize="medium")
-        ax.set(xlabel="updates", ylabel=f"score ({unit})")
+        ax.set_title(f"{environment}\n{data}, {episodes} episodes{author}", fontsize="medium", wrap=True)
+        ax.set(xlabel="global_step", ylabel=f"score ({unit})")
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.grid(alpha=0.3)
-    (legend["final evaluation, over more start states"],) = ax.plot([], [], "D", color="gray")
+    (legend["final evaluation"],) = ax.plot([], [], "D", color="gray")
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=1 + columns // 3, frameon=False)
     figure.savefig(path)
 
