@@ -224,10 +224,10 @@ def test_merge(tmp_path, rows):
 
 def test_figure(tmp_path, monkeypatch):
     """The last evaluation is a mark, no point of the curve, as are those of first lengths. The title tells the data."""
-    drawn, authors = [], ["a long name of many words"] * 9
+    drawn, me = [], "a name of many words " * 12 + "me"
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
     for seed in (1, 2):
-        write_run(tmp_path, (1, 4 * seed, 2, 9 * seed), seed=seed, asked=[500, 500, 666, 1000], author=authors)
+        write_run(tmp_path, (1, 4 * seed, 2, 9 * seed), seed=seed, asked=[500, 500, 666, 1000], author=[me])
     report.main(tmp_path)
     (lone := drawn.pop()).draw_without_rendering()
     boxes = [part.get_window_extent() for part in (lone.legends[0], lone.axes[0].title)]  # they are not cut off
@@ -242,9 +242,9 @@ def test_figure(tmp_path, monkeypatch):
     assert curves == [[[1, 3], [2], [44, 44], [-3.25] * 2], [[1, 6], [9, 18], [55.5] * 2, [-3.25] * 2]]
     assert [list(line.get_xdata()) for line in pen.lines[:2]] == [[0, 333], [1000, 1000]]
     assert {*map(tuple, pen.collections[0].get_paths()[0].vertices.tolist())} == {(0, 1), (333, 4), (333, 8)}
-    titles = [ax.get_title().split("25 episodes\nauthor: ")[-1] for ax in (hammer, other, pen)]
-    assert titles == ["you", f"{HAMMER[0]}\n{HAMMER[1]}, 5 episodes", ", ".join(authors)]
-    assert pen.get_subplotspec().get_geometry()[:2] == (2, 2)
+    titles = [ax.get_title().split("\n", 1)[1].replace(me, "me") for ax in (hammer, other, pen)]
+    data = [f"{HAMMER[1]}, 25 episodes\nauthor: you", f"{HAMMER[1]}, 5 episodes", f"{PEN[1]}, 25 episodes\nauthor: me"]
+    assert titles == data and (pen.get_xlabel(), *pen.get_subplotspec().get_geometry()[:2]) == ("global_step", 2, 2)
     labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert labels[0] == "iql, 1000 updates" and labels[-1] == "final evaluation"
     assert "iql, 500@333->666->1000 updates, mean and range of the seeds" in labels
