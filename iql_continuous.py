@@ -12,8 +12,8 @@
 #     "tqdm==4.70.1",
 # ]
 # ///
-# Implicit Q-Learning (Kostrikov, Nair and Levine 2021, https://arxiv.org/abs/2110.06169), offline, in one file.
-# The update rule is the official implementation's: https://github.com/ikostrikov/implicit_q_learning
+"""Learns a policy from a dataset by IQL (arxiv.org/abs/2110.06169), as in github.com/ikostrikov/implicit_q_learning"""
+
 import copy
 import csv
 import json
@@ -46,38 +46,21 @@ gym.register_envs(gymnasium_robotics)
 
 @dataclass
 class Args:
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """the name of this experiment"""
-    seed: int = 1
-    """seed of the experiment"""
-    torch_deterministic: bool = True
-    """if toggled, only deterministic algorithms are used: the same seed gives the same bits on the same machine"""
-    cuda: bool = True
-    """if toggled, cuda will be used if there is a GPU"""
-    cudagraphs: bool = False
-    """if toggled, the update is replayed as one CUDA graph on a GPU: what Python and the CPU choose in it is frozen"""
-    track: bool = False
-    """if toggled, this experiment will be tracked with Weights and Biases"""
-    wandb_project_name: str = "iql"
-    """the wandb's project name"""
-    wandb_entity: str | None = None
-    """the entity (team) of wandb's project"""
-    capture_video: bool = False
-    """whether to film one episode of the final policy (check out the `videos` folder)"""
-    checkpoint: str | None = None
-    """a checkpoint.pt or best.pt to start from; --total-updates 0 only evaluates it and needs no dataset"""
-    resume: str | None = None
-    """the directory of a run to continue with its own arguments; its length can be changed"""
-
-    # Algorithm specific arguments
     env_id: str = "AdroitHandHammer-v1"
-    """the id of the environment"""
+    """the id of the environment, or a checkpoint's; AdroitHandPenSparse-v1 is the papers' pen-binary"""
     dataset_id: str | None = None
-    """the id of the Minari dataset (default: the checkpoint's, else the D4RL expert set of the Adroit task)"""
+    """the id of the Minari dataset; None: a checkpoint's, or D4RL's expert set of the Adroit task"""
     max_episodes: int | None = None
-    """number of episodes to use, the dataset's first (default: all, or the checkpoint's without --dataset-id)"""
+    """number of episodes to use, the dataset's first; None: as a checkpoint of this dataset, or all"""
     total_updates: int = 1_000_000
     """number of updates; can be changed on resume"""
+    seed: int = 1
+    """seed of the experiment"""
+    checkpoint: str | None = None
+    """a checkpoint.pt or best.pt to start from; --total-updates 0 only evaluates it, without a dataset"""
+    resume: str | None = None
+    """the directory of a run to continue with its own arguments"""
+    # Algorithm specific arguments
     batch_size: int = 256
     """the batch size of samples from the dataset"""
     learning_rate: float = 3e-4
@@ -95,28 +78,44 @@ class Args:
     actor_dropout: float = 0.1
     """dropout rate of the actor's hidden layers"""
     normalize_obs: bool = True
-    """if toggled, observations are standardized with the dataset's mean and standard deviation, or a checkpoint's"""
+    """if toggled, observations are standardized by the dataset's mean and standard deviation, or as in a checkpoint"""
     reward_scale: float | None = None
-    """factor on the rewards in training (default: the checkpoint's, else 0.05 for D4RL's Adroit tasks, 1 elsewhere)"""
-    reward_shift: float | None = None
-    """added to the rewards in training before scaling, e.g. -1 for AntMaze (default: the checkpoint's, else 0)"""
-    eval_frequency: int = 5000
+    """factor on the rewards in training; None: a checkpoint's, or 0.05 for D4RL's Adroit tasks and 1 elsewhere"""
+    reward_shift: float = 0.0
+    """added to the rewards in training before scaling, e.g. -1 for AntMaze, or a checkpoint's"""
+    # Evaluation and bookkeeping
+    eval_frequency: int = 10_000
     """number of updates between evaluations"""
-    eval_episodes: int = 20
+    eval_episodes: int = 100
     """number of episodes per evaluation"""
-    final_episodes: int = 100
-    """number of episodes of the last evaluation, which is the run's score"""
     eval_envs: int = 10
     """number of parallel evaluation environments, each in its own process"""
+    capture_video: bool = False
+    """whether to film one episode of the final policy (check out the `videos` folder)"""
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """the name of this experiment"""
+    track: bool = False
+    """if toggled, this experiment will be tracked with Weights and Biases"""
+    wandb_project_name: str = "iql"
+    """the wandb's project name"""
+    wandb_entity: str | None = None
+    """the entity (team) of wandb's project"""
+    cuda: bool = True
+    """if toggled, cuda will be used if there is a GPU"""
+    cudagraphs: bool = False
+    """if toggled, the update is replayed as one CUDA graph on a GPU: what Python and the CPU choose in it is frozen"""
+    torch_deterministic: bool = True
+    """if toggled, only deterministic algorithms are used: the same seed gives the same bits on the same machine"""
 
     def __post_init__(self):
-        counts = (self.batch_size, self.eval_frequency, self.eval_episodes, self.final_episodes, self.eval_envs)
-        if min(*counts, 1 if self.max_episodes is None else self.max_episodes) < 1:
+        counts = (self.batch_size, self.eval_frequency, self.eval_episodes, self.eval_envs, self.max_episodes)
+        if any(count is not None and count < 1 for count in counts):
             raise ValueError("batch size, evaluation frequency, episodes and environments must be at least 1")
         if not (0 < self.expectile < 1 and 0 <= self.gamma <= 1 and 0 <= self.tau <= 1 and 0 <= self.actor_dropout < 1):
             raise ValueError("--expectile, --gamma, --tau and --actor-dropout must lie between 0 and 1")
-        if not (self.learning_rate > 0 and min(self.total_updates, self.beta, self.max_weight) >= 0):
-            raise ValueError("--learning-rate must be above 0, --total-updates, --beta and --max-weight at least 0")
+        nan = any(value != value for value in vars(self).values())
+        if nan or not (self.learning_rate > 0 and min(self.total_updates, self.beta, self.max_weight) >= 0):
+            raise ValueError("--learning-rate must be above 0, lengths and factors at least 0, and nothing NaN")
 
 
 # ALGO LOGIC: initialize agent here
@@ -192,10 +191,9 @@ class Agent(nn.Module):
 
 def make_optimizers(agent, learning_rate):
     """Adam for V, for the actor and for the two critics; the rates are tensors, which a CUDA graph reads anew."""
-    q_parameters = [*agent.qf1.parameters(), *agent.qf2.parameters()]
-    groups = (agent.vf.parameters(), agent.actor.parameters(), q_parameters)
-    rates = [torch.tensor(learning_rate, device=agent.actor.log_std.device) for _ in groups]
-    return [torch.optim.Adam(p, lr=lr, fused=True, capturable=lr.is_cuda) for p, lr in zip(groups, rates, strict=True)]
+    lr = torch.tensor(learning_rate, device=agent.actor.log_std.device)
+    networks = (agent.vf, agent.actor, nn.ModuleList([agent.qf1, agent.qf2]))
+    return [torch.optim.Adam(net.parameters(), lr.clone(), fused=True, capturable=lr.is_cuda) for net in networks]
 
 
 def expectile_loss(u, expectile):
@@ -204,10 +202,7 @@ def expectile_loss(u, expectile):
 
 
 def update(agent, optimizers, data, args):
-    """One IQL update on a batch: V, then with the new V actor and critics, then the targets.
-
-    `data`: columns by name, (batch, dim) or (batch,). Returns losses () and values (batch,), which stay on the device.
-    """
+    """One IQL update on `data`, columns (batch, dim) or (batch,) by name. Returns losses () and values (batch,)."""
     v_optimizer, actor_optimizer, q_optimizer = optimizers
     agent.train()
     obs, actions = data["observations"], data["actions"]
@@ -252,30 +247,32 @@ def update(agent, optimizers, data, args):
     return {name: tensor.detach() for name, tensor in metrics.items()}
 
 
-# D4RL's horizon and returns of a random policy and of the expert (d4rl/infos.py), by Adroit task
+# by Adroit task: D4RL's horizon, and its returns of a random policy and of the expert (d4rl/infos.py)
 ADROIT = {
     "pen": (100, 96.262799, 3076.8331017826877),
     "hammer": (200, -274.856578, 12794.134825156867),
     "door": (200, -56.512833, 2880.5693087298737),
     "relocate": (200, -6.425911, 4233.877797728884),
 }
-TASKS = {f"AdroitHand{task.capitalize()}-v1": task for task in ADROIT}
-# the evaluation episodes' reset seeds count from here: every run and every policy meets the same start states
-EVAL_SEED = 1_000_000
+# the papers' binary tasks give 0 in a step at the goal and -1 in any other: the score is the share of solved steps
+ADROIT |= {f"{task}-binary": (horizon, -horizon, 0) for task, (horizon, _, _) in ADROIT.items()}
+TASKS = {f"AdroitHand{task.capitalize()}-v1".replace("-binary", "Sparse"): task for task in ADROIT}
+EVAL_SEED = 1_000_000  # the k-th episode of every evaluation is reset with EVAL_SEED + k: all have the same starts
 
 
 class D4RLRules(gym.Wrapper):
-    """Where D4RL (d4rl/hand_manipulation_suite) differs from gymnasium-robotics."""
+    """Where D4RL (d4rl/hand_manipulation_suite) and the binary tasks (mj_envs) differ from gymnasium-robotics."""
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
         task = TASKS[self.spec.id]
-        if task == "pen":
+        if task.endswith("binary"):
+            reward = float(info["success"]) - 1.0
+        elif task == "pen":
             terminated = terminated or bool(obs[26] < 0.075)  # a dropped pen ends the episode
         else:
-            # distance between hand and object costs 0.1 a meter in D4RL, and earns as much in gymnasium-robotics
             reach = {"hammer": obs[33:36] - obs[36:39], "door": obs[35:38], "relocate": obs[30:33]}[task]
-            reward -= 0.2 * np.linalg.norm(reach)
+            reward -= 0.2 * np.linalg.norm(reach)  # far from the object costs 0.1 a meter, where it was paid as much
         return obs, reward, terminated, truncated, info
 
 
@@ -299,10 +296,7 @@ def make_env(env_id, **kwargs):
 
 
 def evaluate(envs, policy, episodes):
-    """Run whole episodes, the k-th from reset seed EVAL_SEED + k, with `policy` from observations (num_envs, obs_dim).
-
-    Returns undiscounted returns (episodes,) and whether `info["success"]` held at any step, or None if none reports it.
-    """
+    """Returns (episodes,) of `policy`, and whether each episode succeeded at any step, or None if none reports it."""
     returns, successes, reports_success = [], [], False
     while len(returns) < episodes:
         obs, _ = envs.reset(seed=EVAL_SEED + len(returns))
@@ -312,7 +306,7 @@ def evaluate(envs, policy, episodes):
             obs, rewards, terminations, truncations, infos = envs.step(policy(obs))
             episodic_return += np.where(running, rewards, 0.0)
             reports_success |= "success" in infos
-            success |= running & np.asarray(infos.get("success", False), dtype=bool)  # where it is None, False
+            success |= running & (np.asarray(infos.get("success", 0), dtype=float).ravel() > 0)  # None and NaN are not
             running &= ~(terminations | truncations)
         returns.extend(episodic_return)
         successes.extend(success)
@@ -337,9 +331,9 @@ def describe(summary):
 def load_dataset(env_id, dataset_id=None):
     """A Minari dataset, by default D4RL's expert set, or a bundled one if that cannot be had. Exits with a sentence."""
     task, bundled = TASKS.get(env_id), Path(__file__).resolve().parent / "tests" / "datasets"
-    if not (dataset_id or task):
+    if dataset_id is None and (task is None or task.endswith("binary")):
         sys.exit(f"{env_id} has no default dataset: name one with --dataset-id (`minari list remote` lists them).")
-    wanted, demos = dataset_id or f"D4RL/{task}/expert-v2", f"bundled/{task}/demos-v0"
+    wanted, demos = f"D4RL/{task}/expert-v2" if dataset_id is None else dataset_id, f"bundled/{task}/demos-v0"
     path = bundled / wanted if (bundled / wanted).exists() else minari.storage.get_dataset_path(wanted)
     if not path.exists():
         print(f"Downloading {wanted} (without a network this takes half a minute to fail)", flush=True)
@@ -347,7 +341,7 @@ def load_dataset(env_id, dataset_id=None):
             minari.download_dataset(wanted)
         except Exception as error:  # whatever the libraries between here and the server raise
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            if dataset_id or not (bundled / demos).exists():
+            if dataset_id is not None or not (bundled / demos).exists():
                 sys.exit(f"{wanted} cannot be downloaded ({reason}): check the network and the id.")
             print(f"{wanted} cannot be downloaded ({reason}). Using {demos}: ITS SCORES ARE NOT D4RL SCORES.")
             path = bundled / demos
@@ -358,20 +352,21 @@ def load_dataset(env_id, dataset_id=None):
 
 
 def load_transitions(dataset, env, max_episodes=None):
-    """Read a Minari dataset: transitions, float64 arrays (N, ...) by name, and returns within the time limit (E,).
-
-    Actions are scaled to [-1, 1], rewards stay (gymnasium-robotics' own in Minari's D4RL sets). Exits with a sentence.
-    """
-    specs = [dataset.env_spec or env.spec, env.spec]
-    recorded, used = (f"{s.id}, kwargs {json.dumps({**s.kwargs, 'render_mode': None}, default=str)}" for s in specs)
-    if recorded != used:
-        print(f"WARNING: {dataset.id} was recorded in {recorded}, and not in {used}.", file=sys.stderr)
+    """Transitions, float64 arrays (N, ...) by name, and returns within the time limit (E,). Exits with a sentence."""
+    task, used, origins = TASKS.get(env.spec.id, ""), env.unwrapped.spec, []
+    for spec in (dataset.env_spec or used, used):
+        kwargs = json.dumps({**spec.kwargs, "render_mode": None}, default=str)
+        wrappers = [wrapper.name for wrapper in spec.additional_wrappers]
+        limit = "D4RL's" if spec.id in TASKS else spec.max_episode_steps
+        origins.append(f"{spec.id}, kwargs {kwargs}, wrappers {wrappers}, time limit {limit}")
+    if origins[0] != origins[1]:
+        print(f"WARNING: {dataset.id} was recorded in {origins[0]}, and not in {origins[1]}.", file=sys.stderr)
     space = dataset.observation_space
     parts = [dataset.action_space, *(space.values() if isinstance(space, gym.spaces.Dict) else [space])]
     if not all(isinstance(part, gym.spaces.Box) for part in parts):
         sys.exit(f"{dataset.id} is in {space} and {dataset.action_space}: only a Box or a Dict of them can be read.")
-    transitions = {"observations": [], "actions": [], "rewards": [], "next_observations": [], "terminations": []}
-    episodic_returns, indices = [], range(dataset.total_episodes)[:max_episodes]
+    names = ("observations", "actions", "rewards", "next_observations", "terminations")  # truncations cut no bootstrap
+    columns, episodic_returns, indices = [], [], range(dataset.total_episodes)[:max_episodes]
     try:
         episodes = list(tqdm(dataset.iterate_episodes(indices), "reading", len(indices), disable=None))
     except (OSError, KeyError) as error:
@@ -385,20 +380,20 @@ def load_transitions(dataset, env, max_episodes=None):
         shapes = [obs.shape, episode.actions.shape, episode.rewards.shape, terminations.shape]
         if shapes != (fitting := [(T + 1, *env.observation_space.shape), (T, *env.action_space.shape), (T,), (T,)]):
             sys.exit(f"{dataset.id} does not fit {env.spec.id}: observations, ... have shapes {shapes}, not {fitting}.")
-        if TASKS.get(env.spec.id) == "pen" and (obs[:, 26] < 0.075).any():  # Minari's D4RL sets go on after a drop
+        if terminations[:-1].any() or episode.truncations[:-1].any():
+            sys.exit(f"{dataset.id} has an episode that goes on after a termination or truncation: split it there.")
+        if task == "pen" and (obs[:, 26] < 0.075).any():  # Minari's D4RL sets go on after a drop
             T = np.argmax(obs[:, 26] < 0.075)
             terminations = np.arange(T) == T - 1
-        if T == 0:  # left out: it begins with the pen on the ground, where the episode before dropped it
-            continue
-        transitions["observations"].append(obs[:T])
-        transitions["actions"].append(episode.actions[:T])
-        transitions["rewards"].append(episode.rewards[:T])
-        transitions["next_observations"].append(obs[1 : T + 1])
-        transitions["terminations"].append(terminations)  # a truncation is not the task's end: it cuts no bootstrap
-        episodic_returns.append(episode.rewards[:T][: env.spec.max_episode_steps].sum())
-    if not episodic_returns:
+        if task.endswith("binary") and not np.isin(episode.rewards, (0, -1)).all():
+            sys.exit(f"{dataset.id} has other rewards than {env.spec.id}, which gives 0 at the goal and -1 elsewhere.")
+        if T > 0:  # else it begins with the pen on the ground, where the episode before dropped it
+            columns.append((obs[:T], episode.actions[:T], episode.rewards[:T], obs[1 : T + 1], terminations))
+            episodic_returns.append(episode.rewards[:T][: env.spec.max_episode_steps].sum())
+    if not columns:
         sys.exit(f"{dataset.id} holds no episode: use another dataset.")
-    transitions = {name: np.concatenate(column, dtype=np.float64) for name, column in transitions.items()}
+    columns = [np.concatenate(column, dtype=np.float64) for column in zip(*columns, strict=True)]
+    transitions = dict(zip(names, columns, strict=True))
     for name, column in transitions.items():
         if not np.isfinite(column).all():
             sys.exit(f"{dataset.id} holds NaN or infinity in its {name}: use a dataset without.")
@@ -411,27 +406,23 @@ def load_transitions(dataset, env, max_episodes=None):
 
 
 def capture(step):
-    """`step` as one CUDA graph: https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture"""
-    graph, calls, result = torch.cuda.CUDAGraph(), 0, None
-
-    def captured_step():
-        nonlocal calls, result
-        calls += 1
-        if calls <= 3:  # plain calls load the libraries and make Adam's state
-            return step()
-        if calls == 4:
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):  # records and runs nothing
-                result = step()
+    """Results of `step` as one CUDA graph: https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture"""
+    for _ in range(3):  # plain steps load the libraries and make Adam's state
+        yield step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):  # records and runs nothing
+        result = step()
+    while True:
         graph.replay()
-        return result
-
-    return captured_step
+        yield result
 
 
 def save(state, path):
-    """Write a checkpoint: wherever the process is killed, `path` is the old file or the complete new one."""
+    """Write a checkpoint: after a kill or a power cut, `path` is the old file or the complete new one."""
     with open(path.with_suffix(".tmp"), "wb") as file:  # torch.save by name hides a full disk
         torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(path.with_suffix(".tmp"), path)
 
 
@@ -448,39 +439,42 @@ def load(path):
 
 def parse_args():
     """The arguments, and the checkpoint that they start from or resume, or None. Exits with a sentence."""
-    args = tyro.cli(Args)
+    args = tyro.cli(Args, description=__doc__)
     if args.resume is None:
-        return args, None if args.checkpoint is None else load(args.checkpoint)
+        if args.checkpoint is None:
+            return args, None
+        saved = load(args.checkpoint)
+        names = ["env_id", "normalize_obs", "reward_scale", "reward_shift"]  # the checkpoint's, if not given
+        names += ["dataset_id", "max_episodes"] if args.dataset_id is None else []
+        inherited = {name: saved["args"][name] for name in names}
+        return tyro.cli(Args, default=Args(checkpoint=args.checkpoint, **inherited)), saved
     saved = load(f"{args.resume}/checkpoint.pt")
-    if saved["args"].keys() != vars(args).keys() or "fingerprint" not in saved:
+    if saved["args"].keys() != vars(args).keys() or "script" not in saved:
         sys.exit(f"{args.resume} is a run of another script or version: resume it with the one that began it.")
     args = tyro.cli(Args, default=Args(**saved["args"]))
     finished = args.total_updates <= saved["global_step"]
-    free = "total_updates eval_frequency final_episodes eval_envs capture_video track wandb_project_name wandb_entity"
-    free = ["resume"] if finished else ["resume", *free.split()]
-    changed = [name for name in vars(args) if getattr(args, name) != saved["args"][name] and name not in free]
-    if changed:
-        sys.exit(f"{args.resume} takes no other {', '.join(changed)} at step {saved['global_step']}: begin a new run.")
+    # what changes no update may be given anew, and so may the length
+    free = ["total_updates", "dataset_id", "eval_frequency", "eval_envs", "capture_video", "track"]
+    free = [] if finished else [*free, "wandb_project_name", "wandb_entity"]
+    changed = [name for name in vars(args) if name != "resume" and getattr(args, name) != saved["args"][name]]
+    refused = [name for name in changed if name not in free]
+    if refused:
+        sys.exit(f"{args.resume} takes no other {', '.join(refused)} at step {saved['global_step']}: begin a new run.")
     if finished:
         print(f"{args.resume} is finished: {describe(saved['evaluations'][-1])}")
         sys.exit()
     return args, saved
 
 
-def stop_on_signals(run_dir):
-    """Ctrl-C and SIGTERM end the evaluation's processes and this one at once, and say how to go on."""
-
-    def stop(signum, frame):
-        if multiprocessing.parent_process() is None:  # forked workers have this handler too, and end silently
-            for worker in multiprocessing.active_children():
-                worker.kill()
-            begun = (run_dir / "checkpoint.pt").exists()
-            go_on = f"go on with python {sys.argv[0]} --resume {run_dir}" if begun else "start again, nothing is saved"
-            os.write(2, f"\nStopped: {go_on}\n".encode())  # print may be what the signal interrupted
-        os._exit(128 + signum)
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+def stop(run_dir, signum, frame):
+    """Ctrl-C and SIGTERM end this process and its workers at once. Raises nothing, which torch.save would reword."""
+    if multiprocessing.parent_process() is None:  # forked workers get here too, and end silently
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        begun = (run_dir / "checkpoint.pt").exists()
+        go_on = f"go on with python {sys.argv[0]} --resume {run_dir}" if begun else "start again, nothing is saved"
+        os.write(2, f"\nStopped: {go_on}\n".encode())  # print may be what the signal interrupted
+    os._exit(128 + signum)
 
 
 if __name__ == "__main__":
@@ -493,10 +487,11 @@ if __name__ == "__main__":
     env = make_env(args.env_id)()
     task = TASKS.get(env.spec.id)
     args.env_id = env.spec.id if task else args.env_id  # AdroitHandPen is another name of AdroitHandPen-v1
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.resume or "runs/" + re.sub(r"[^\w.-]", "_", run_name))
+    new_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}_{os.urandom(2).hex()}"
+    run_dir = Path(args.resume or "runs/" + re.sub(r"[^\w.-]", "_", new_name))
     run_name = run_dir.resolve().name
-    stop_on_signals(run_dir)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda *received: stop(run_dir, *received))
     envs = gym.vector.AsyncVectorEnv([make_env(args.env_id)] * args.eval_envs)  # forks, which is safe before threads
     if args.capture_video:
         video_env = gym.wrappers.RecordVideo(make_env(args.env_id, render_mode="rgb_array")(), f"videos/{run_name}")
@@ -515,30 +510,28 @@ if __name__ == "__main__":
     if args.cuda:
         torch.cuda.set_stream(torch.cuda.Stream())  # a CUDA graph cannot be captured on the default stream
 
-    # agent and data. What is not given is a checkpoint's, or Adroit's
-    agent = Agent(env.observation_space.shape[0], env.action_space.shape[0], args)
-    inherited = {"reward_scale": 0.05 if task else 1.0, "reward_shift": 0.0}
+    # agent, from scratch or from a checkpoint
+    agent = Agent(env.observation_space.shape[0], env.action_space.shape[0], args).to(device)
+    if args.reward_scale is None:
+        args.reward_scale = 1.0 if task is None or task.endswith("binary") else 0.05
     reference = ADROIT[task][1:] if task else None
     if saved:
-        inherited, reference = saved["args"], saved["reference"]
-        if inherited["env_id"] != args.env_id:
-            sys.exit(f"{args.resume or args.checkpoint} is of {inherited['env_id']}, not of {args.env_id}.")
+        if saved["args"]["env_id"] != args.env_id:
+            sys.exit(f"{args.resume or args.checkpoint} is of {saved['args']['env_id']}, not of {args.env_id}.")
+        if saved["args"]["normalize_obs"] != args.normalize_obs:
+            sys.exit(f"{args.checkpoint} decides about the normalization: leave out --normalize-obs.")
         agent.load_state_dict(saved["agent"])
-        if inherited["normalize_obs"] and not args.normalize_obs:
-            sys.exit(f"{args.checkpoint} is of normalized observations: leave out --no-normalize-obs.")
-        args.normalize_obs = inherited["normalize_obs"]
-        if args.dataset_id is None or args.total_updates == 0:
-            args.dataset_id, args.max_episodes = inherited["dataset_id"], args.max_episodes or inherited["max_episodes"]
-    args.reward_scale = inherited["reward_scale"] if args.reward_scale is None else args.reward_scale
-    args.reward_shift = inherited["reward_shift"] if args.reward_shift is None else args.reward_shift
-    transitions, scores, fingerprint, author = {}, {}, None, None
+        reference = saved["reference"]
+
+    # data, unless there is nothing to learn, and the scores of what recorded them and of a random policy
+    transitions, scores, fingerprint = {}, {}, None
     if args.total_updates > 0 or not saved:
         dataset = load_dataset(args.env_id, args.dataset_id)
         args.dataset_id = args.dataset_id or dataset.id
         transitions, dataset_returns = load_transitions(dataset, env, args.max_episodes)
         fingerprint = [zlib.crc32(column) for column in transitions.values()]
-        low, high, author = map(dataset.storage.metadata.get, ("ref_min_score", "ref_max_score", "author"))
-        reference = reference if task or None in (low, high) else (low, high)
+        low, high = map(dataset.storage.metadata.get, ("ref_min_score", "ref_max_score"))
+        reference = reference if task or args.resume or None in (low, high) else (low, high)
         obs = transitions["observations"]
         if args.normalize_obs and not saved:
             std = np.where(np.ptp(obs, 0) > 0, obs.std(0) + 1e-3, 1.0)  # what never changes keeps its scale
@@ -553,18 +546,23 @@ if __name__ == "__main__":
         scores["dataset"] = {"transitions": len(obs), **summarize(dataset_returns, None, reference)}
         scores["random"] = summarize(random_returns, None, reference)
     source = args.dataset_id if transitions else args.checkpoint
-    agent.to(device)
     _, actor_optimizer, _ = optimizers = make_optimizers(agent, args.learning_rate)
 
     # where the run stands: evaluations are the rows of evaluations.csv
     first_step, evaluations, best_return, start_time = 0, [], -math.inf, time.monotonic()
+    script = f"{zlib.crc32(Path(__file__).read_bytes()):08x}"
     if args.resume:
         if args.cuda != saved["args"]["cuda"]:
             sys.exit(f"{run_dir} ran on another device: resume it there.")
         if saved["fingerprint"] and fingerprint != saved["fingerprint"]:
             sys.exit(f"The dataset {args.dataset_id} has changed since {run_dir} began: begin a new run.")
-        first_step, evaluations, best_return = saved["global_step"] + 1, saved["evaluations"], saved["best_return"]
-        start_time -= evaluations[-1]["wall_seconds"]
+        if script != saved["script"]:
+            print(f"{sys.argv[0]} has changed since {run_dir} began: the run goes on with the new text.")
+            script = f"{saved['script']}+{script}"
+        evaluations = saved["evaluations"]
+        first_step, start_time = saved["global_step"] + 1, start_time - evaluations[-1]["wall_seconds"]
+        if (run_dir / "best.pt").exists():  # after a kill it may be newer than the checkpoint
+            best_return = load(run_dir / "best.pt")["evaluations"][-1]["episodic_return"]
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             state["param_groups"][0]["lr"] = optimizer.param_groups[0]["lr"]  # stays this run's, on the device
             optimizer.load_state_dict(state)
@@ -572,17 +570,17 @@ if __name__ == "__main__":
         if args.cuda:
             torch.cuda.set_rng_state(saved["cuda_rng_state"])
         save({**saved, "args": vars(args)}, run_dir / "checkpoint.pt")  # what was given anew holds from now on
+    origin = {"args": vars(args), "script": script, "reference": reference, "fingerprint": fingerprint}
 
     # logging
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
     if args.track:
         names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_name, "id": run_name}
         wandb.init(**names, resume="allow", sync_tensorboard=True, config=vars(args), save_code=True)
-    (run_dir / "tmp").write_text(json.dumps({"args": vars(args), "author": author} | scores, indent=2, default=sorted))
+    (run_dir / "tmp").write_text(json.dumps({"args": vars(args), "script": script} | scores, indent=2))
     os.replace(run_dir / "tmp", run_dir / "args.json")
     writer = SummaryWriter(run_dir, purge_step=first_step)
-    hyperparameters = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{hyperparameters}")
+    writer.add_text("hyperparameters", "|param|value|\n|-|-|" + "".join(f"\n|{k}|{v}|" for k, v in vars(args).items()))
     print(f"{run_dir}: {args.env_id} with {source} on {device}, from update {first_step}")
     for name, summary in scores.items():
         print(f"{name}: {describe(summary)}", flush=True)
@@ -594,11 +592,10 @@ if __name__ == "__main__":
         return update(agent, optimizers, data, args)
 
     if args.cudagraphs and args.cuda:
-        step = capture(step)  # what Python and the CPU choose in its fourth call is frozen
+        step = capture(step).__next__
 
     # TRY NOT TO MODIFY: start the training. global_step counts the updates done
-    steps = range(first_step, args.total_updates + 1)
-    for global_step in tqdm(steps, initial=first_step, total=args.total_updates + 1, disable=None):
+    for global_step in tqdm(range(first_step, args.total_updates + 1), disable=None):
         # ALGO LOGIC: training. The actor's learning rate falls on a cosine, as in the official code
         if global_step > 0:
             decay = 0.5 * (1 + math.cos(math.pi * (global_step - 1) / args.total_updates))
@@ -606,8 +603,7 @@ if __name__ == "__main__":
             metrics = step()
 
         # losses: here, and nowhere else but in evaluations, the loop waits for the device
-        last = global_step == args.total_updates
-        evaluating = last or global_step % args.eval_frequency == 0
+        evaluating = global_step % args.eval_frequency == 0 or global_step == args.total_updates
         if global_step > 0 and (evaluating or global_step % 500 == 0):
             metrics["clipped_weights"] = (metrics["weights"] >= args.max_weight).float()
             for name, tensor in metrics.items():
@@ -617,8 +613,7 @@ if __name__ == "__main__":
             writer.add_scalar("charts/SPS", global_step / (time.monotonic() - start_time), global_step)
 
         if evaluating:
-            returns, successes = evaluate(envs, agent.actor.act, args.final_episodes if last else args.eval_episodes)
-            summary = summarize(returns, successes, reference)
+            summary = summarize(*evaluate(envs, agent.actor.act, args.eval_episodes), reference)
             for name, value in summary.items():
                 writer.add_scalar(f"charts/{name}", value, global_step)
             writer.flush()
@@ -630,23 +625,17 @@ if __name__ == "__main__":
                 table = csv.DictWriter(file, {name: None for row in evaluations for name in row})
                 table.writeheader()
                 table.writerows(evaluations)
-
-            mean = returns[: args.eval_episodes].mean().item()  # over the start states that all evaluations share
-            improved = mean > best_return and len(returns) >= args.eval_episodes
-            best_return = mean if improved else best_return
             state = {
-                "args": vars(args),
+                **origin,
                 "agent": agent.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "rng_state": torch.get_rng_state(),
                 "cuda_rng_state": torch.cuda.get_rng_state() if args.cuda else None,
                 "global_step": global_step,
                 "evaluations": evaluations,
-                "best_return": best_return,
-                "reference": reference,
-                "fingerprint": fingerprint,
             }
-            if improved:
+            if summary["episodic_return"] > best_return:
+                best_return = summary["episodic_return"]
                 save(state, run_dir / "best.pt")
             save(state, run_dir / "checkpoint.pt")
 

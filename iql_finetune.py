@@ -12,8 +12,8 @@
 #     "tqdm==4.70.1",
 # ]
 # ///
-# Implicit Q-Learning (Kostrikov, Nair and Levine 2021, https://arxiv.org/abs/2110.06169), offline and then online.
-# The update rule is the official implementation's: https://github.com/ikostrikov/implicit_q_learning
+"""Learns from a dataset, then online, by IQL (arxiv.org/abs/2110.06169), as github.com/ikostrikov/implicit_q_learning"""
+
 import copy
 import csv
 import json
@@ -46,40 +46,23 @@ gym.register_envs(gymnasium_robotics)
 
 @dataclass
 class Args:
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """the name of this experiment"""
-    seed: int = 1
-    """seed of the experiment"""
-    torch_deterministic: bool = True
-    """if toggled, only deterministic algorithms are used: the same seed gives the same bits on the same machine"""
-    cuda: bool = True
-    """if toggled, cuda will be used if there is a GPU"""
-    cudagraphs: bool = False
-    """if toggled, the update is replayed as one CUDA graph on a GPU: what Python and the CPU choose in it is frozen"""
-    track: bool = False
-    """if toggled, this experiment will be tracked with Weights and Biases"""
-    wandb_project_name: str = "iql"
-    """the wandb's project name"""
-    wandb_entity: str | None = None
-    """the entity (team) of wandb's project"""
-    capture_video: bool = False
-    """whether to film one episode of the final policy (check out the `videos` folder)"""
-    checkpoint: str | None = None
-    """a checkpoint.pt or best.pt of either script to start from; the offline phase is skipped"""
-    resume: str | None = None
-    """the directory of a run to continue with its own arguments; its length can be changed"""
-
-    # Algorithm specific arguments
     env_id: str = "AdroitHandHammer-v1"
-    """the id of the environment"""
+    """the id of the environment, or a checkpoint's; AdroitHandPenSparse-v1 is the papers' pen-binary"""
     dataset_id: str | None = None
-    """the id of the Minari dataset (default: the checkpoint's, else the D4RL expert set of the Adroit task)"""
+    """the id of the Minari dataset; None: a checkpoint's, or D4RL's expert set of the Adroit task"""
     max_episodes: int | None = None
-    """number of episodes to use, the dataset's first (default: all, or the checkpoint's without --dataset-id)"""
-    offline_updates: int = 1_000_000
-    """number of updates on the dataset alone (none with --checkpoint)"""
+    """number of episodes to use, the dataset's first; None: as a checkpoint of this dataset, or all"""
+    offline_updates: int | None = None
+    """number of updates on the dataset alone; None: 1,000,000, or 0 with --checkpoint, which takes their place"""
     online_steps: int = 1_000_000
     """number of environment steps after the offline updates, collected ones included; can be changed on resume"""
+    seed: int = 1
+    """seed of the experiment"""
+    checkpoint: str | None = None
+    """a checkpoint.pt or best.pt of either script to start from"""
+    resume: str | None = None
+    """the directory of a run to continue with its own arguments"""
+    # Algorithm specific arguments
     learning_starts: int = 20_000
     """number of environment steps before the first online update"""
     exploration_scale: float = 0.3
@@ -103,29 +86,51 @@ class Args:
     actor_dropout: float = 0.1
     """dropout rate of the actor's hidden layers"""
     normalize_obs: bool = True
-    """if toggled, observations are standardized with the dataset's mean and standard deviation, or a checkpoint's"""
+    """if toggled, observations are standardized by the dataset's mean and standard deviation, or as in a checkpoint"""
     reward_scale: float | None = None
-    """factor on the rewards in training (default: the checkpoint's, else 0.005 for D4RL's Adroit tasks, 1 elsewhere)"""
-    reward_shift: float | None = None
-    """added to the rewards in training before scaling, e.g. -1 for AntMaze (default: the checkpoint's, else 0)"""
-    eval_frequency: int = 5000
+    """factor on the rewards in training; None: a checkpoint's, or 0.005 for D4RL's Adroit tasks and 1 elsewhere"""
+    reward_shift: float = 0.0
+    """added to the rewards in training before scaling, e.g. -1 for AntMaze, or a checkpoint's"""
+    # Evaluation and bookkeeping
+    eval_frequency: int = 10_000
     """number of updates or environment steps between evaluations"""
-    eval_episodes: int = 20
+    eval_episodes: int = 100
     """number of episodes per evaluation"""
-    final_episodes: int = 100
-    """number of episodes of the last evaluation of each phase, which are the run's scores"""
     eval_envs: int = 10
     """number of parallel evaluation environments, each in its own process"""
+    capture_video: bool = False
+    """whether to film one episode of the final policy (check out the `videos` folder)"""
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """the name of this experiment"""
+    track: bool = False
+    """if toggled, this experiment will be tracked with Weights and Biases"""
+    wandb_project_name: str = "iql"
+    """the wandb's project name"""
+    wandb_entity: str | None = None
+    """the entity (team) of wandb's project"""
+    cuda: bool = True
+    """if toggled, cuda will be used if there is a GPU"""
+    cudagraphs: bool = False
+    """if toggled, the update is replayed as one CUDA graph on a GPU: what Python and the CPU choose in it is frozen"""
+    torch_deterministic: bool = True
+    """if toggled, only deterministic algorithms are used: the same seed gives the same bits on the same machine"""
 
     def __post_init__(self):
-        counts = (self.batch_size, self.eval_frequency, self.eval_episodes, self.final_episodes, self.eval_envs)
-        if min(*counts, 1 if self.max_episodes is None else self.max_episodes) < 1:
+        if self.offline_updates is None:
+            self.offline_updates = 0 if self.checkpoint else 1_000_000
+        counts = (self.batch_size, self.eval_frequency, self.eval_episodes, self.eval_envs, self.max_episodes)
+        if any(count is not None and count < 1 for count in counts):
             raise ValueError("batch size, evaluation frequency, episodes and environments must be at least 1")
         if not (0 < self.expectile < 1 and 0 <= self.gamma <= 1 and 0 <= self.tau <= 1 and 0 <= self.actor_dropout < 1):
             raise ValueError("--expectile, --gamma, --tau and --actor-dropout must lie between 0 and 1")
-        lengths = (self.offline_updates, self.online_steps, self.learning_starts)
-        if not (self.learning_rate > 0 and min(*lengths, self.exploration_scale, self.beta, self.max_weight) >= 0):
-            raise ValueError("--learning-rate must be above 0, other numbers and factors at least 0")
+        nan = any(value != value for value in vars(self).values())
+        numbers = (self.offline_updates, self.online_steps, self.learning_starts, self.exploration_scale)
+        if nan or not (self.learning_rate > 0 and min(*numbers, self.beta, self.max_weight) >= 0):
+            raise ValueError("--learning-rate must be above 0, lengths and factors at least 0, and nothing NaN")
+        if 0 < self.online_steps <= self.learning_starts:
+            raise ValueError("--online-steps must be more than --learning-starts, or 0")
+        if self.checkpoint and self.offline_updates:
+            raise ValueError("--checkpoint takes the place of the offline updates: leave out --offline-updates")
 
 
 # ALGO LOGIC: initialize agent here
@@ -201,10 +206,9 @@ class Agent(nn.Module):
 
 def make_optimizers(agent, learning_rate):
     """Adam for V, for the actor and for the two critics; the rates are tensors, which a CUDA graph reads anew."""
-    q_parameters = [*agent.qf1.parameters(), *agent.qf2.parameters()]
-    groups = (agent.vf.parameters(), agent.actor.parameters(), q_parameters)
-    rates = [torch.tensor(learning_rate, device=agent.actor.log_std.device) for _ in groups]
-    return [torch.optim.Adam(p, lr=lr, fused=True, capturable=lr.is_cuda) for p, lr in zip(groups, rates, strict=True)]
+    lr = torch.tensor(learning_rate, device=agent.actor.log_std.device)
+    networks = (agent.vf, agent.actor, nn.ModuleList([agent.qf1, agent.qf2]))
+    return [torch.optim.Adam(net.parameters(), lr.clone(), fused=True, capturable=lr.is_cuda) for net in networks]
 
 
 def expectile_loss(u, expectile):
@@ -213,10 +217,7 @@ def expectile_loss(u, expectile):
 
 
 def update(agent, optimizers, data, args):
-    """One IQL update on a batch: V, then with the new V actor and critics, then the targets.
-
-    `data`: columns by name, (batch, dim) or (batch,). Returns losses () and values (batch,), which stay on the device.
-    """
+    """One IQL update on `data`, columns (batch, dim) or (batch,) by name. Returns losses () and values (batch,)."""
     v_optimizer, actor_optimizer, q_optimizer = optimizers
     agent.train()
     obs, actions = data["observations"], data["actions"]
@@ -269,30 +270,32 @@ def explore(actor, obs, scale):
     return (mean + scale * log_std.exp() * torch.randn_like(mean)).clamp(-1, 1).cpu().numpy()
 
 
-# D4RL's horizon and returns of a random policy and of the expert (d4rl/infos.py), by Adroit task
+# by Adroit task: D4RL's horizon, and its returns of a random policy and of the expert (d4rl/infos.py)
 ADROIT = {
     "pen": (100, 96.262799, 3076.8331017826877),
     "hammer": (200, -274.856578, 12794.134825156867),
     "door": (200, -56.512833, 2880.5693087298737),
     "relocate": (200, -6.425911, 4233.877797728884),
 }
-TASKS = {f"AdroitHand{task.capitalize()}-v1": task for task in ADROIT}
-# the evaluation episodes' reset seeds count from here: every run and every policy meets the same start states
-EVAL_SEED = 1_000_000
+# the papers' binary tasks give 0 in a step at the goal and -1 in any other: the score is the share of solved steps
+ADROIT |= {f"{task}-binary": (horizon, -horizon, 0) for task, (horizon, _, _) in ADROIT.items()}
+TASKS = {f"AdroitHand{task.capitalize()}-v1".replace("-binary", "Sparse"): task for task in ADROIT}
+EVAL_SEED = 1_000_000  # the k-th episode of every evaluation is reset with EVAL_SEED + k: all have the same starts
 
 
 class D4RLRules(gym.Wrapper):
-    """Where D4RL (d4rl/hand_manipulation_suite) differs from gymnasium-robotics."""
+    """Where D4RL (d4rl/hand_manipulation_suite) and the binary tasks (mj_envs) differ from gymnasium-robotics."""
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
         task = TASKS[self.spec.id]
-        if task == "pen":
+        if task.endswith("binary"):
+            reward = float(info["success"]) - 1.0
+        elif task == "pen":
             terminated = terminated or bool(obs[26] < 0.075)  # a dropped pen ends the episode
         else:
-            # distance between hand and object costs 0.1 a meter in D4RL, and earns as much in gymnasium-robotics
             reach = {"hammer": obs[33:36] - obs[36:39], "door": obs[35:38], "relocate": obs[30:33]}[task]
-            reward -= 0.2 * np.linalg.norm(reach)
+            reward -= 0.2 * np.linalg.norm(reach)  # far from the object costs 0.1 a meter, where it was paid as much
         return obs, reward, terminated, truncated, info
 
 
@@ -316,10 +319,7 @@ def make_env(env_id, **kwargs):
 
 
 def evaluate(envs, policy, episodes):
-    """Run whole episodes, the k-th from reset seed EVAL_SEED + k, with `policy` from observations (num_envs, obs_dim).
-
-    Returns undiscounted returns (episodes,) and whether `info["success"]` held at any step, or None if none reports it.
-    """
+    """Returns (episodes,) of `policy`, and whether each episode succeeded at any step, or None if none reports it."""
     returns, successes, reports_success = [], [], False
     while len(returns) < episodes:
         obs, _ = envs.reset(seed=EVAL_SEED + len(returns))
@@ -329,7 +329,7 @@ def evaluate(envs, policy, episodes):
             obs, rewards, terminations, truncations, infos = envs.step(policy(obs))
             episodic_return += np.where(running, rewards, 0.0)
             reports_success |= "success" in infos
-            success |= running & np.asarray(infos.get("success", False), dtype=bool)  # where it is None, False
+            success |= running & (np.asarray(infos.get("success", 0), dtype=float).ravel() > 0)  # None and NaN are not
             running &= ~(terminations | truncations)
         returns.extend(episodic_return)
         successes.extend(success)
@@ -354,9 +354,9 @@ def describe(summary):
 def load_dataset(env_id, dataset_id=None):
     """A Minari dataset, by default D4RL's expert set, or a bundled one if that cannot be had. Exits with a sentence."""
     task, bundled = TASKS.get(env_id), Path(__file__).resolve().parent / "tests" / "datasets"
-    if not (dataset_id or task):
+    if dataset_id is None and (task is None or task.endswith("binary")):
         sys.exit(f"{env_id} has no default dataset: name one with --dataset-id (`minari list remote` lists them).")
-    wanted, demos = dataset_id or f"D4RL/{task}/expert-v2", f"bundled/{task}/demos-v0"
+    wanted, demos = f"D4RL/{task}/expert-v2" if dataset_id is None else dataset_id, f"bundled/{task}/demos-v0"
     path = bundled / wanted if (bundled / wanted).exists() else minari.storage.get_dataset_path(wanted)
     if not path.exists():
         print(f"Downloading {wanted} (without a network this takes half a minute to fail)", flush=True)
@@ -364,7 +364,7 @@ def load_dataset(env_id, dataset_id=None):
             minari.download_dataset(wanted)
         except Exception as error:  # whatever the libraries between here and the server raise
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            if dataset_id or not (bundled / demos).exists():
+            if dataset_id is not None or not (bundled / demos).exists():
                 sys.exit(f"{wanted} cannot be downloaded ({reason}): check the network and the id.")
             print(f"{wanted} cannot be downloaded ({reason}). Using {demos}: ITS SCORES ARE NOT D4RL SCORES.")
             path = bundled / demos
@@ -375,20 +375,21 @@ def load_dataset(env_id, dataset_id=None):
 
 
 def load_transitions(dataset, env, max_episodes=None):
-    """Read a Minari dataset: transitions, float64 arrays (N, ...) by name, and returns within the time limit (E,).
-
-    Actions are scaled to [-1, 1], rewards stay (gymnasium-robotics' own in Minari's D4RL sets). Exits with a sentence.
-    """
-    specs = [dataset.env_spec or env.spec, env.spec]
-    recorded, used = (f"{s.id}, kwargs {json.dumps({**s.kwargs, 'render_mode': None}, default=str)}" for s in specs)
-    if recorded != used:
-        print(f"WARNING: {dataset.id} was recorded in {recorded}, and not in {used}.", file=sys.stderr)
+    """Transitions, float64 arrays (N, ...) by name, and returns within the time limit (E,). Exits with a sentence."""
+    task, used, origins = TASKS.get(env.spec.id, ""), env.unwrapped.spec, []
+    for spec in (dataset.env_spec or used, used):
+        kwargs = json.dumps({**spec.kwargs, "render_mode": None}, default=str)
+        wrappers = [wrapper.name for wrapper in spec.additional_wrappers]
+        limit = "D4RL's" if spec.id in TASKS else spec.max_episode_steps
+        origins.append(f"{spec.id}, kwargs {kwargs}, wrappers {wrappers}, time limit {limit}")
+    if origins[0] != origins[1]:
+        print(f"WARNING: {dataset.id} was recorded in {origins[0]}, and not in {origins[1]}.", file=sys.stderr)
     space = dataset.observation_space
     parts = [dataset.action_space, *(space.values() if isinstance(space, gym.spaces.Dict) else [space])]
     if not all(isinstance(part, gym.spaces.Box) for part in parts):
         sys.exit(f"{dataset.id} is in {space} and {dataset.action_space}: only a Box or a Dict of them can be read.")
-    transitions = {"observations": [], "actions": [], "rewards": [], "next_observations": [], "terminations": []}
-    episodic_returns, indices = [], range(dataset.total_episodes)[:max_episodes]
+    names = ("observations", "actions", "rewards", "next_observations", "terminations")  # truncations cut no bootstrap
+    columns, episodic_returns, indices = [], [], range(dataset.total_episodes)[:max_episodes]
     try:
         episodes = list(tqdm(dataset.iterate_episodes(indices), "reading", len(indices), disable=None))
     except (OSError, KeyError) as error:
@@ -402,20 +403,20 @@ def load_transitions(dataset, env, max_episodes=None):
         shapes = [obs.shape, episode.actions.shape, episode.rewards.shape, terminations.shape]
         if shapes != (fitting := [(T + 1, *env.observation_space.shape), (T, *env.action_space.shape), (T,), (T,)]):
             sys.exit(f"{dataset.id} does not fit {env.spec.id}: observations, ... have shapes {shapes}, not {fitting}.")
-        if TASKS.get(env.spec.id) == "pen" and (obs[:, 26] < 0.075).any():  # Minari's D4RL sets go on after a drop
+        if terminations[:-1].any() or episode.truncations[:-1].any():
+            sys.exit(f"{dataset.id} has an episode that goes on after a termination or truncation: split it there.")
+        if task == "pen" and (obs[:, 26] < 0.075).any():  # Minari's D4RL sets go on after a drop
             T = np.argmax(obs[:, 26] < 0.075)
             terminations = np.arange(T) == T - 1
-        if T == 0:  # left out: it begins with the pen on the ground, where the episode before dropped it
-            continue
-        transitions["observations"].append(obs[:T])
-        transitions["actions"].append(episode.actions[:T])
-        transitions["rewards"].append(episode.rewards[:T])
-        transitions["next_observations"].append(obs[1 : T + 1])
-        transitions["terminations"].append(terminations)  # a truncation is not the task's end: it cuts no bootstrap
-        episodic_returns.append(episode.rewards[:T][: env.spec.max_episode_steps].sum())
-    if not episodic_returns:
+        if task.endswith("binary") and not np.isin(episode.rewards, (0, -1)).all():
+            sys.exit(f"{dataset.id} has other rewards than {env.spec.id}, which gives 0 at the goal and -1 elsewhere.")
+        if T > 0:  # else it begins with the pen on the ground, where the episode before dropped it
+            columns.append((obs[:T], episode.actions[:T], episode.rewards[:T], obs[1 : T + 1], terminations))
+            episodic_returns.append(episode.rewards[:T][: env.spec.max_episode_steps].sum())
+    if not columns:
         sys.exit(f"{dataset.id} holds no episode: use another dataset.")
-    transitions = {name: np.concatenate(column, dtype=np.float64) for name, column in transitions.items()}
+    columns = [np.concatenate(column, dtype=np.float64) for column in zip(*columns, strict=True)]
+    transitions = dict(zip(names, columns, strict=True))
     for name, column in transitions.items():
         if not np.isfinite(column).all():
             sys.exit(f"{dataset.id} holds NaN or infinity in its {name}: use a dataset without.")
@@ -428,27 +429,23 @@ def load_transitions(dataset, env, max_episodes=None):
 
 
 def capture(step):
-    """`step` as one CUDA graph: https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture"""
-    graph, calls, result = torch.cuda.CUDAGraph(), 0, None
-
-    def captured_step():
-        nonlocal calls, result
-        calls += 1
-        if calls <= 3:  # plain calls load the libraries and make Adam's state
-            return step()
-        if calls == 4:
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):  # records and runs nothing
-                result = step()
+    """Results of `step` as one CUDA graph: https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture"""
+    for _ in range(3):  # plain steps load the libraries and make Adam's state
+        yield step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):  # records and runs nothing
+        result = step()
+    while True:
         graph.replay()
-        return result
-
-    return captured_step
+        yield result
 
 
 def save(state, path):
-    """Write a checkpoint: wherever the process is killed, `path` is the old file or the complete new one."""
+    """Write a checkpoint: after a kill or a power cut, `path` is the old file or the complete new one."""
     with open(path.with_suffix(".tmp"), "wb") as file:  # torch.save by name hides a full disk
         torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(path.with_suffix(".tmp"), path)
 
 
@@ -465,48 +462,52 @@ def load(path):
 
 def parse_args():
     """The arguments, and the checkpoint that they start from or resume, or None. Exits with a sentence."""
-    args = tyro.cli(Args)
+    args = tyro.cli(Args, description=__doc__)
     if args.resume is None:
-        return args, None if args.checkpoint is None else load(args.checkpoint)
+        if args.checkpoint is None:
+            return args, None
+        saved = load(args.checkpoint)
+        names = ["env_id", "normalize_obs", "reward_scale", "reward_shift"]  # the checkpoint's, if not given
+        names += ["dataset_id", "max_episodes"] if args.dataset_id is None else []
+        inherited = {name: saved["args"][name] for name in names}
+        args = tyro.cli(Args, default=Args(checkpoint=args.checkpoint, **inherited))
+        names = ("gamma", "tau", "expectile", "beta", "max_weight", "actor_dropout", "batch_size")
+        changed = [name for name in names if getattr(args, name) != saved["args"][name]]
+        changed = [f"{name} {saved['args'][name]} -> {getattr(args, name)}" for name in changed]
+        print(f"{args.checkpoint} gives the networks. Other than in its run: {', '.join(changed) or 'nothing'}")
+        return args, saved
     saved = load(f"{args.resume}/checkpoint.pt")
-    if saved["args"].keys() != vars(args).keys() or "fingerprint" not in saved:
+    if saved["args"].keys() != vars(args).keys() or "script" not in saved:
         sys.exit(f"{args.resume} is a run of another script or version: resume it with the one that began it.")
     args = tyro.cli(Args, default=Args(**saved["args"]))
     finished = args.offline_updates + args.online_steps <= saved["global_step"]
-    free = "online_steps eval_frequency final_episodes eval_envs capture_video track wandb_project_name wandb_entity"
-    free = ["resume"] if finished else ["resume", *free.split()]
-    changed = [name for name in vars(args) if getattr(args, name) != saved["args"][name] and name not in free]
-    if changed:
-        sys.exit(f"{args.resume} takes no other {', '.join(changed)} at step {saved['global_step']}: begin a new run.")
+    # what changes no update may be given anew, and so may the length
+    free = ["online_steps", "dataset_id", "eval_frequency", "eval_envs", "capture_video", "track"]
+    free = [] if finished else [*free, "wandb_project_name", "wandb_entity"]
+    changed = [name for name in vars(args) if name != "resume" and getattr(args, name) != saved["args"][name]]
+    refused = [name for name in changed if name not in free]
+    if refused:
+        sys.exit(f"{args.resume} takes no other {', '.join(refused)} at step {saved['global_step']}: begin a new run.")
     if finished:
         print(f"{args.resume} is finished: {describe(saved['evaluations'][-1])}")
         sys.exit()
     return args, saved
 
 
-def stop_on_signals(run_dir):
-    """Ctrl-C and SIGTERM end the evaluation's processes and this one at once, and say how to go on."""
-
-    def stop(signum, frame):
-        if multiprocessing.parent_process() is None:  # forked workers have this handler too, and end silently
-            for worker in multiprocessing.active_children():
-                worker.kill()
-            begun = (run_dir / "checkpoint.pt").exists()
-            go_on = f"go on with python {sys.argv[0]} --resume {run_dir}" if begun else "start again, nothing is saved"
-            os.write(2, f"\nStopped: {go_on}\n".encode())  # print may be what the signal interrupted
-        os._exit(128 + signum)
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+def stop(run_dir, signum, frame):
+    """Ctrl-C and SIGTERM end this process and its workers at once. Raises nothing, which torch.save would reword."""
+    if multiprocessing.parent_process() is None:  # forked workers get here too, and end silently
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        begun = (run_dir / "checkpoint.pt").exists()
+        go_on = f"go on with python {sys.argv[0]} --resume {run_dir}" if begun else "start again, nothing is saved"
+        os.write(2, f"\nStopped: {go_on}\n".encode())  # print may be what the signal interrupted
+    os._exit(128 + signum)
 
 
 if __name__ == "__main__":
     sys.path.append(os.getcwd())  # for --env-id my_module:MyEnv-v0
     args, saved = parse_args()
-    if args.checkpoint:
-        args.offline_updates = 0
-    if 0 < args.online_steps <= args.learning_starts:
-        sys.exit("--online-steps must be more than --learning-starts, or 0.")
     total_steps = args.offline_updates + args.online_steps
     if args.track:
         import wandb
@@ -515,10 +516,11 @@ if __name__ == "__main__":
     env = make_env(args.env_id)()
     task = TASKS.get(env.spec.id)
     args.env_id = env.spec.id if task else args.env_id  # AdroitHandPen is another name of AdroitHandPen-v1
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.resume or "runs/" + re.sub(r"[^\w.-]", "_", run_name))
+    new_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}_{os.urandom(2).hex()}"
+    run_dir = Path(args.resume or "runs/" + re.sub(r"[^\w.-]", "_", new_name))
     run_name = run_dir.resolve().name
-    stop_on_signals(run_dir)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda *received: stop(run_dir, *received))
     envs = gym.vector.AsyncVectorEnv([make_env(args.env_id)] * args.eval_envs)  # forks, which is safe before threads
     if args.capture_video:
         video_env = gym.wrappers.RecordVideo(make_env(args.env_id, render_mode="rgb_array")(), f"videos/{run_name}")
@@ -537,29 +539,26 @@ if __name__ == "__main__":
     if args.cuda:
         torch.cuda.set_stream(torch.cuda.Stream())  # a CUDA graph cannot be captured on the default stream
 
-    # agent and data. What is not given is a checkpoint's, or Adroit's
-    obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    agent = Agent(obs_dim, act_dim, args)
-    inherited = {"reward_scale": 0.005 if task else 1.0, "reward_shift": 0.0}
+    # agent, from scratch or from a checkpoint
+    agent = Agent(env.observation_space.shape[0], env.action_space.shape[0], args).to(device)
+    if args.reward_scale is None:
+        args.reward_scale = 1.0 if task is None or task.endswith("binary") else 0.005
     reference = ADROIT[task][1:] if task else None
     if saved:
-        inherited, reference = saved["args"], saved["reference"]
-        if inherited["env_id"] != args.env_id:
-            sys.exit(f"{args.resume or args.checkpoint} is of {inherited['env_id']}, not of {args.env_id}.")
+        if saved["args"]["env_id"] != args.env_id:
+            sys.exit(f"{args.resume or args.checkpoint} is of {saved['args']['env_id']}, not of {args.env_id}.")
+        if saved["args"]["normalize_obs"] != args.normalize_obs:
+            sys.exit(f"{args.checkpoint} decides about the normalization: leave out --normalize-obs.")
         agent.load_state_dict(saved["agent"])
-        if inherited["normalize_obs"] and not args.normalize_obs:
-            sys.exit(f"{args.checkpoint} is of normalized observations: leave out --no-normalize-obs.")
-        args.normalize_obs = inherited["normalize_obs"]
-        if args.dataset_id is None:
-            args.dataset_id, args.max_episodes = inherited["dataset_id"], args.max_episodes or inherited["max_episodes"]
-    args.reward_scale = inherited["reward_scale"] if args.reward_scale is None else args.reward_scale
-    args.reward_shift = inherited["reward_shift"] if args.reward_shift is None else args.reward_shift
+        reference = saved["reference"]
+
+    # data, and the scores of what recorded them and of a random policy
     dataset = load_dataset(args.env_id, args.dataset_id)
     args.dataset_id = args.dataset_id or dataset.id
     transitions, dataset_returns = load_transitions(dataset, env, args.max_episodes)
     fingerprint = [zlib.crc32(column) for column in transitions.values()]
-    low, high, author = map(dataset.storage.metadata.get, ("ref_min_score", "ref_max_score", "author"))
-    reference = reference if task or None in (low, high) else (low, high)
+    low, high = map(dataset.storage.metadata.get, ("ref_min_score", "ref_max_score"))
+    reference = reference if task or args.resume or None in (low, high) else (low, high)
     if args.normalize_obs and not saved:
         obs = transitions["observations"]
         std = np.where(np.ptp(obs, 0) > 0, obs.std(0) + 1e-3, 1.0)  # what never changes keeps its scale
@@ -569,31 +568,32 @@ if __name__ == "__main__":
         transitions[name] = agent.actor.normalize(transitions[name])
     transitions = {name: torch.as_tensor(column).float() for name, column in transitions.items()}
     transitions["rewards"] = (transitions["rewards"] + args.reward_shift) * args.reward_scale
-    # the columns become views of one table: a row for each transition of the dataset, then for each online one
-    transition_count, widths = len(transitions["rewards"]), [obs_dim, act_dim, 1, obs_dim, 1]
-    storage = torch.zeros(transition_count + args.online_steps, sum(widths), device=device)
-    for (name, column), view in zip(transitions.items(), storage.split(widths, 1), strict=True):
-        transitions[name] = view if column.dim() == 2 else view.squeeze(1)
-        transitions[name][:transition_count] = column
+    transition_count = len(transitions["rewards"])
+    for name, column in transitions.items():  # with room for the online ones
+        transitions[name] = torch.cat([column, column.new_zeros(args.online_steps, *column.shape[1:])]).to(device)
     size = torch.tensor(transition_count, dtype=torch.float64, device=device)  # a CUDA graph reads it anew
     rng = np.random.default_rng(EVAL_SEED)
     random_returns, _ = evaluate(envs, lambda _: rng.uniform(-1, 1, envs.action_space.shape), 20)
     scores = {"dataset": {"transitions": transition_count, **summarize(dataset_returns, None, reference)}}
     scores["random"] = summarize(random_returns, None, reference)
-    agent.to(device)
     _, actor_optimizer, _ = optimizers = make_optimizers(agent, args.learning_rate)
 
     # where the run stands: evaluations are the rows of evaluations.csv
-    first_step, evaluations, best_return, start_time = 0, [], -math.inf, time.monotonic()
-    online_successes = []  # of whole episodes
+    first_step, evaluations, online_successes = 0, [], []
+    best_return, start_time = -math.inf, time.monotonic()
+    script = f"{zlib.crc32(Path(__file__).read_bytes()):08x}"
     if args.resume:
         if args.cuda != saved["args"]["cuda"]:
             sys.exit(f"{run_dir} ran on another device: resume it there.")
         if fingerprint != saved["fingerprint"]:
             sys.exit(f"The dataset {args.dataset_id} has changed since {run_dir} began: begin a new run.")
-        first_step, evaluations, best_return = saved["global_step"] + 1, saved["evaluations"], saved["best_return"]
-        online_successes = saved["online_successes"]
-        start_time -= evaluations[-1]["wall_seconds"]
+        if script != saved["script"]:
+            print(f"{sys.argv[0]} has changed since {run_dir} began: the run goes on with the new text.")
+            script = f"{saved['script']}+{script}"
+        evaluations, online_successes = saved["evaluations"], saved["online_successes"]
+        first_step, start_time = saved["global_step"] + 1, start_time - evaluations[-1]["wall_seconds"]
+        if (run_dir / "best.pt").exists():  # after a kill it may be newer than the checkpoint
+            best_return = load(run_dir / "best.pt")["evaluations"][-1]["episodic_return"]
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             state["param_groups"][0]["lr"] = optimizer.param_groups[0]["lr"]  # stays this run's, on the device
             optimizer.load_state_dict(state)
@@ -601,28 +601,29 @@ if __name__ == "__main__":
         if args.cuda:
             torch.cuda.set_rng_state(saved["cuda_rng_state"])
         save({**saved, "args": vars(args)}, run_dir / "checkpoint.pt")  # what was given anew holds from now on
+    origin = {"args": vars(args), "script": script, "reference": reference, "fingerprint": fingerprint}
 
     # the online transitions are in a file too, which outlives the process
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-    shape = (max(1, args.online_steps), sum(widths))
+    row = np.dtype([(name, np.float32, column.shape[1:]) for name, column in transitions.items()])
     with open(run_dir / "online.bin", "ab") as file:
-        file.write(bytes(max(0, 4 * math.prod(shape) - file.tell())))  # fails now if the disk is full
-    online = np.memmap(run_dir / "online.bin", np.float32, "r+", shape=shape)
+        file.write(bytes(max(0, row.itemsize * max(1, args.online_steps) - file.tell())))  # fails now on a full disk
+    online = np.memmap(run_dir / "online.bin", row, "r+")
     collected = max(0, first_step - 1 - args.offline_updates)
-    if not online[:collected].any(1).all():  # a row of zeros was never written
+    if (online[:collected] == np.zeros((), row)).any():  # such a row was never written
         sys.exit(f"{run_dir}/online.bin lacks transitions: begin a new run.")
-    storage[transition_count : transition_count + collected] = torch.from_numpy(online[:collected])
+    for name, column in transitions.items():
+        column[transition_count : transition_count + collected] = torch.from_numpy(online[name][:collected])
     size += collected
 
     # logging
     if args.track:
         names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_name, "id": run_name}
         wandb.init(**names, resume="allow", sync_tensorboard=True, config=vars(args), save_code=True)
-    (run_dir / "tmp").write_text(json.dumps({"args": vars(args), "author": author} | scores, indent=2, default=sorted))
+    (run_dir / "tmp").write_text(json.dumps({"args": vars(args), "script": script} | scores, indent=2))
     os.replace(run_dir / "tmp", run_dir / "args.json")
     writer = SummaryWriter(run_dir, purge_step=first_step)
-    hyperparameters = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{hyperparameters}")
+    writer.add_text("hyperparameters", "|param|value|\n|-|-|" + "".join(f"\n|{k}|{v}|" for k, v in vars(args).items()))
     print(f"{run_dir}: {args.env_id} with {args.dataset_id} on {device}, from step {first_step}")
     for name, summary in scores.items():
         print(f"{name}: {describe(summary)}", flush=True)
@@ -634,12 +635,11 @@ if __name__ == "__main__":
         return update(agent, optimizers, data, args)
 
     if args.cudagraphs and args.cuda:
-        step = capture(step)  # what Python and the CPU choose in its fourth call is frozen
+        step = capture(step).__next__
 
     # TRY NOT TO MODIFY: start the training. global_step counts offline updates, then steps in the environment
     obs = None  # between two online episodes; a resumed run begins a new one
-    steps = range(first_step, total_steps + 1)
-    for global_step in tqdm(steps, initial=first_step, total=total_steps + 1, disable=None):
+    for global_step in tqdm(range(first_step, total_steps + 1), disable=None):
         online_step = max(0, global_step - args.offline_updates)
         if online_step > 0:
             # ALGO LOGIC: put action logic here
@@ -648,18 +648,16 @@ if __name__ == "__main__":
                 episodic_return, success = 0.0, False
             action = explore(agent.actor, obs[None], args.exploration_scale)[0]
             next_obs, reward, terminated, truncated, info = env.step(action)
-            if not (np.isfinite(next_obs).all() and np.isfinite(reward)):
-                # not stored; with these later random numbers the resumed run does not meet this step again
+            if not (np.isfinite(next_obs).all() and np.isfinite(reward)):  # not stored, and not met again on resume
                 save({**load(run_dir / "checkpoint.pt"), "rng_state": torch.get_rng_state()}, run_dir / "checkpoint.pt")
                 sys.exit(f"{args.env_id} gave NaN or infinity at step {global_step}: go on with --resume {run_dir}")
             episodic_return += reward
-            success |= bool(info.get("success", False))
-
+            success |= bool(np.asarray(info.get("success", 0), dtype=float) > 0)
             # save the transition: a truncation is not the task's end
             x, next_x = agent.actor.normalize(np.stack([obs, next_obs])).cpu().numpy()
-            scaled_reward = (reward + args.reward_shift) * args.reward_scale
-            online[online_step - 1] = np.hstack([x, action, scaled_reward, next_x, terminated])  # as in transitions
-            storage[transition_count + online_step - 1] = torch.from_numpy(online[online_step - 1])
+            online[online_step - 1] = (x, action, (reward + args.reward_shift) * args.reward_scale, next_x, terminated)
+            for name, column in transitions.items():
+                column[transition_count + online_step - 1] = torch.as_tensor(online[name][online_step - 1])
             size += 1
             obs = None if terminated or truncated else next_obs
             if obs is None:
@@ -675,8 +673,7 @@ if __name__ == "__main__":
             metrics = step()
 
         # losses: while offline, the loop waits for the device only here and in evaluations
-        last = global_step in (args.offline_updates, total_steps)
-        evaluating = last or global_step % args.eval_frequency == 0
+        evaluating = global_step % args.eval_frequency == 0 or global_step in (args.offline_updates, total_steps)
         if learning and (evaluating or global_step % 500 == 0):
             metrics["clipped_weights"] = (metrics["weights"] >= args.max_weight).float()
             for name, tensor in metrics.items():
@@ -686,39 +683,33 @@ if __name__ == "__main__":
             writer.add_scalar("charts/SPS", global_step / (time.monotonic() - start_time), global_step)
 
         if evaluating:
-            returns, successes = evaluate(envs, agent.actor.act, args.final_episodes if last else args.eval_episodes)
-            summary = summarize(returns, successes, reference)
-            if successes is not None and online_successes:
+            summary = summarize(*evaluate(envs, agent.actor.act, args.eval_episodes), reference)
+            if "success_rate" in summary and online_successes:
                 summary["regret"] = 1 - np.mean(online_successes).item()
             for name, value in summary.items():
                 writer.add_scalar(f"charts/{name}", value, global_step)
             writer.flush()
-            row = {"global_step": global_step, "total_steps": total_steps, "online_steps": online_step, **summary}
-            evaluations.append({**row, "wall_seconds": time.monotonic() - start_time})
+            counts = {"global_step": global_step, "total_steps": total_steps, "online_steps": online_step}
+            evaluations.append({**counts, **summary, "wall_seconds": time.monotonic() - start_time})
             tqdm.write(describe(evaluations[-1]))
             sys.stdout.flush()
             with open(run_dir / "evaluations.csv", "w", newline="") as file:
                 table = csv.DictWriter(file, {name: None for row in evaluations for name in row})
                 table.writeheader()
                 table.writerows(evaluations)
-
-            mean = returns[: args.eval_episodes].mean().item()  # over the start states that all evaluations share
-            improved = mean > best_return and len(returns) >= args.eval_episodes
-            best_return = mean if improved else best_return
             state = {
-                "args": vars(args),
+                **origin,
                 "agent": agent.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "rng_state": torch.get_rng_state(),
                 "cuda_rng_state": torch.cuda.get_rng_state() if args.cuda else None,
                 "global_step": global_step,
                 "evaluations": evaluations,
-                "best_return": best_return,
                 "online_successes": online_successes,
-                "reference": reference,
-                "fingerprint": fingerprint,
             }
-            if improved:
+            online.flush()  # before a checkpoint counts on it
+            if summary["episodic_return"] > best_return:
+                best_return = summary["episodic_return"]
                 save(state, run_dir / "best.pt")
             save(state, run_dir / "checkpoint.pt")
 
