@@ -12,7 +12,7 @@
 #     "tqdm==4.70.1",
 # ]
 # ///
-"""Learns from a dataset, then online, by IQL (arxiv.org/abs/2110.06169), as github.com/ikostrikov/implicit_q_learning"""
+"""Learns offline, then online, by IQL (arxiv.org/abs/2110.06169), as in github.com/ikostrikov/implicit_q_learning"""
 
 import copy
 import csv
