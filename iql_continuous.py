@@ -519,7 +519,7 @@ if __name__ == "__main__":
         if saved["args"]["env_id"] != args.env_id:
             sys.exit(f"{args.resume or args.checkpoint} is of {saved['args']['env_id']}, not of {args.env_id}.")
         if saved["args"]["normalize_obs"] != args.normalize_obs:
-            sys.exit(f"{args.checkpoint} decides about the normalization: leave out --normalize-obs.")
+            sys.exit(f"{args.checkpoint} has normalize_obs={not args.normalize_obs}: leave this flag out.")
         agent.load_state_dict(saved["agent"])
         reference = saved["reference"]
 

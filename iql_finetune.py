@@ -127,8 +127,6 @@ class Args:
         numbers = (self.offline_updates, self.online_steps, self.learning_starts, self.exploration_scale)
         if nan or not (self.learning_rate > 0 and min(*numbers, self.beta, self.max_weight) >= 0):
             raise ValueError("--learning-rate must be above 0, lengths and factors at least 0, and nothing NaN")
-        if 0 < self.online_steps <= self.learning_starts:
-            raise ValueError("--online-steps must be more than --learning-starts, or 0")
         if self.checkpoint and self.offline_updates:
             raise ValueError("--checkpoint takes the place of the offline updates: leave out --offline-updates")
 
@@ -508,6 +506,8 @@ def stop(run_dir, signum, frame):
 if __name__ == "__main__":
     sys.path.append(os.getcwd())  # for --env-id my_module:MyEnv-v0
     args, saved = parse_args()
+    if 0 < args.online_steps <= args.learning_starts:
+        sys.exit("--online-steps must be more than --learning-starts, or 0.")
     total_steps = args.offline_updates + args.online_steps
     if args.track:
         import wandb
@@ -548,7 +548,7 @@ if __name__ == "__main__":
         if saved["args"]["env_id"] != args.env_id:
             sys.exit(f"{args.resume or args.checkpoint} is of {saved['args']['env_id']}, not of {args.env_id}.")
         if saved["args"]["normalize_obs"] != args.normalize_obs:
-            sys.exit(f"{args.checkpoint} decides about the normalization: leave out --normalize-obs.")
+            sys.exit(f"{args.checkpoint} has normalize_obs={not args.normalize_obs}: leave this flag out.")
         agent.load_state_dict(saved["agent"])
         reference = saved["reference"]
 
