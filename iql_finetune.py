@@ -127,7 +127,7 @@ class Args:
         numbers = (self.offline_updates, self.online_steps, self.learning_starts, self.exploration_scale)
         if nan or not (self.learning_rate > 0 and min(*numbers, self.beta, self.max_weight) >= 0):
             raise ValueError("--learning-rate must be above 0, lengths and factors at least 0, and nothing NaN")
-        if self.checkpoint and self.offline_updates:
+        if self.checkpoint and self.offline_updates and not self.resume:
             raise ValueError("--checkpoint takes the place of the offline updates: leave out --offline-updates")
 
 

@@ -32,8 +32,9 @@ NOTHING = {script: f"{flags} 0" for script, flags in LENGTH.items()}
 ORDINARY = {"iql_continuous": "--total-updates 120"}
 ORDINARY |= {"iql_finetune": "--offline-updates 40 --online-steps 80 --learning-starts 10"}
 SCRIPTS = list(LENGTH)
-TINY = "--env-id tiny_env:Tiny-v0 --dataset-id tiny/good-v0 --no-cuda --batch-size 32 "
-TINY += "--eval-frequency 10 --eval-episodes 2 --final-episodes 2 --eval-envs 2"
+TINY = "--env-id tiny_env:Tiny-v0 --no-cuda --batch-size 32 "
+TINY += "--eval-frequency 10 --eval-episodes 2 --eval-envs 2"
+DATA = "--dataset-id tiny/good-v0"
 by_script = pytest.mark.parametrize("script", SCRIPTS)
 asked_for_determinism = []  # by execute(), where nobody waits for what it imports
 Killed = type("Killed", (BaseException,), {})
@@ -47,7 +48,10 @@ def become(script, folder, arguments, tiny, patch):
     path = script if isinstance(script, Path) else ROOT / f"{script}.py"
     folder.mkdir(parents=True, exist_ok=True)
     patch.chdir(folder)
-    arguments = f"{TINY} {ORDINARY.get(path.stem, '')} {arguments}" if tiny else arguments
+    ordinary = f"{DATA} {ORDINARY.get(path.stem, '')}"
+    if "--checkpoint" in arguments:  # it has its own data, and takes the place of the offline updates
+        ordinary = ordinary.replace(DATA, "").replace("--offline-updates 40", "")
+    arguments = f"{TINY} {ordinary} {arguments}" if tiny else arguments
     patch.setattr(sys, "argv", [str(path), *shlex.split(arguments)])
     patch.setattr(sys, "path", [str(path.parent), *sys.path])
     return runpy.run_path(str(path), run_name="__main__")

@@ -126,8 +126,8 @@ def test_arguments_have_the_defaults_that_the_documentation_gives():
     both |= dict.fromkeys("cudagraphs track capture_video".split(), False)
     both |= {"wandb_project_name": "iql", "env_id": "AdroitHandHammer-v1", "batch_size": 256, "learning_rate": 3e-4}
     both |= {"gamma": 0.99, "tau": 0.005, "beta": 3.0, "max_weight": 100.0, "actor_dropout": 0.1, "eval_envs": 10}
-    both |= {"normalize_obs": True, "eval_frequency": 5000, "eval_episodes": 20, "final_episodes": 100}
-    both |= dict.fromkeys("wandb_entity checkpoint resume dataset_id max_episodes reward_scale reward_shift".split())
+    both |= {"normalize_obs": True, "reward_shift": 0.0, "eval_frequency": 10_000, "eval_episodes": 100}
+    both |= dict.fromkeys("wandb_entity checkpoint resume dataset_id max_episodes reward_scale".split())
     continuous = {"exp_name": "iql_continuous", "total_updates": 1_000_000, "expectile": 0.7}
     finetune = {"exp_name": "iql_finetune", "offline_updates": 1_000_000, "online_steps": 1_000_000, "expectile": 0.8}
     finetune |= {"learning_starts": 20_000, "exploration_scale": 0.3, "anneal_lr": True}

@@ -30,8 +30,8 @@ def test_every_call_of_a_captured_step_does_its_work_once(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: log.append("replayed")))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the current stream")
     monkeypatch.setattr(torch.cuda, "graph", graph)
-    captured_step = iql_continuous.capture(step)
-    assert [captured_step() for _ in range(6)] == [1, 2, 3, 4, 4, 4]
+    captured_steps = iql_continuous.capture(step)
+    assert [next(captured_steps) for _ in range(6)] == [1, 2, 3, 4, 4, 4]
     assert log == [*3 * ["worked"], "recorded", *3 * ["replayed"]]
 
 
@@ -46,7 +46,7 @@ def trained(path, folder, flags):
 @by_script
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_captured_run_has_the_bits_of_a_plain_one_resumed_or_not(script, tmp_path):
-    flags = "--env-id AdroitHandPen-v1 --dataset-id bundled/pen/demos-v0 --eval-episodes 2 --final-episodes 2"
+    flags = "--env-id AdroitHandPen-v1 --dataset-id bundled/pen/demos-v0 --eval-episodes 2"
     path, flags = ROOT / f"{script}.py", f"{flags} {LENGTH[script]} 60"
     plain = trained(path, tmp_path / "plain", flags)
     captured = trained(path, tmp_path / "captured", f"{flags} --cudagraphs")

@@ -82,18 +82,45 @@ def test_a_dropped_pen_ends_the_episode_as_a_termination():
     assert dropped
 
 
-def test_only_the_dense_tasks_get_the_rules_under_every_name():
+def test_a_task_gets_its_rules_under_every_name():
     for env_id in "AdroitHandPen-v1 AdroitHandPen gymnasium_robotics:AdroitHandPen-v1 AdroitHandPenSparse-v1".split():
         env = iql.make_env(env_id)()
-        dense = "Sparse" not in env_id
-        assert ("D4RLRules" in str(env)) == dense and env.spec.max_episode_steps == (100 if dense else 200)
+        assert "D4RLRules" in str(env) and env.spec.max_episode_steps == 100
+
+
+@pytest.mark.parametrize("task", ["Hammer", "Door", "Relocate", "Pen"])
+def test_a_binary_task_pays_0_at_the_goal_and_ends_at_its_horizon_alone(task, monkeypatch):
+    """The goal is what info["success"] says, here of a stand-in: one random action in seven reaches it."""
+    env_id, horizon = f"AdroitHand{task}Sparse-v1", 100 if task == "Pen" else 200
+    envs, rng = gym.vector.SyncVectorEnv([iql.make_env(env_id)]), np.random.default_rng(0)
+    reference = iql.ADROIT[iql.TASKS[env_id]][1:]
+    returns, successes = iql.evaluate(envs, lambda _: rng.uniform(-1, 1, envs.action_space.shape), 5)
+    score = iql.summarize(returns, successes, reference)["normalized_score"]
+    assert 0 <= score <= 2 and (returns + horizon == 100 * 0).all() or task == "Pen"  # by chance hits
+    own, said = type(envs.envs[0].unwrapped), []
+
+    def step(self, action, plain=own.step):
+        obs, reward, *ends, info = plain(self, action)
+        said.append(len(said) % 7 == 0)
+        return obs, reward, *ends, {"success": np.bool_(said[-1])}
+
+    monkeypatch.setattr(own, "step", step)
+    env, rewards = envs.envs[0], []
+    env.reset(seed=0)
+    for k in range(horizon):
+        _, reward, terminated, truncated, _ = env.step(rng.uniform(-1, 1, env.action_space.shape))
+        rewards.append(reward)
+        assert not terminated and truncated == (k == horizon - 1)
+    assert rewards == [0.0 if success else -1.0 for success in said]
+    solved = iql.summarize(np.array([sum(rewards)]), None, reference)["normalized_score"]
+    assert solved == pytest.approx(100 * sum(said) / horizon)
 
 
 def test_a_score_is_0_and_100_at_the_two_returns_of_its_reference():
     """Of a random policy and of the expert: d4rl/infos.py."""
     infos = {"pen": (96.262799, 3076.8331017826877), "hammer": (-274.856578, 12794.134825156867)}
     infos |= {"door": (-56.512833, 2880.5693087298737), "relocate": (-6.425911, 4233.877797728884)}
-    for task, (_, *reference) in iql.ADROIT.items():
+    for task, (_, *reference) in [*iql.ADROIT.items()][:4]:
         for episodic_return, score in zip(infos[task], (0, 100), strict=True):
             stats = iql.summarize(np.array([episodic_return]), None, reference)
             assert stats["normalized_score"] == pytest.approx(score, abs=1e-12)

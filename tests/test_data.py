@@ -301,12 +301,14 @@ def test_a_run_standardizes_what_varies_and_scores_by_the_datasets_own_reference
 def test_an_argument_out_of_range_is_refused(script, tmp_path, capsys):
     own = "total_updates" if script is iql else "offline_updates online_steps learning_starts exploration_scale"
     at_least_0 = [*own.split(), "max_weight", "beta"]
-    at_least_1 = "batch_size eval_frequency eval_episodes final_episodes eval_envs max_episodes".split()
+    at_least_1 = "batch_size eval_frequency eval_episodes eval_envs max_episodes".split()
     between = [("gamma", -1), ("gamma", 2), ("tau", -1), ("tau", 2), ("expectile", 0), ("expectile", 1)]
     cases = [("between 0 and 1", *case) for case in (*between, ("actor_dropout", -1), ("actor_dropout", 1))]
     cases += [("at least 1", name, value) for name in at_least_1 for value in (-1, 0)]
     cases += [("at least 0", name, -1) for name in (*at_least_0, "learning_rate")]
-    cases += [("at least 0", "learning_rate", 0), ("at least 0", "learning_rate", np.nan)]
+    cases += [("at least 0", "learning_rate", 0)]
+    floats = [name for name, value in vars(script.Args()).items() if isinstance(value, float) or name == "reward_scale"]
+    cases += [("between 0 and 1|nothing NaN", name, np.nan) for name in floats]
     cases += [("", name, 0) for name in (*at_least_0, "gamma", "tau", "actor_dropout")]
     cases += [("", name, 1) for name in (*at_least_1, "gamma", "tau")]
     for telling, name, value in cases:

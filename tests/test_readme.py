@@ -43,7 +43,7 @@ def test_every_command_parses_and_every_flag_variable_and_link_exists():
 
 
 def test_the_code_of_the_readme_needs_no_other_file(tmp_path, monkeypatch):
-    flags = "--dataset-id bundled/hammer/demos-v0 --no-cuda --total-updates 1 --eval-episodes 1 --final-episodes 1"
+    flags = "--dataset-id bundled/hammer/demos-v0 --no-cuda --total-updates 1 --eval-episodes 1"
     run("iql_continuous", tmp_path, f"{flags} --eval-envs 1", tiny=False)
     (code,) = blocks(README, "python")
     shutil.copy(ROOT / "iql_continuous.py", tmp_path)

@@ -123,20 +123,22 @@ def test_a_signal_before_the_first_evaluation_leaves_nothing_and_one_to_a_worker
 @by_script
 def test_arguments_given_on_resume_hold_from_then_on(script, tmp_path):
     run(script, tmp_path, f"{NOTHING[script]} {MORE[script]} 20")
-    path, before, best = run_dir(tmp_path), saved_by(tmp_path), (run_dir(tmp_path) / "best.pt").read_bytes()
-    torch.save({**before, "best_return": 1e9}, path / "checkpoint.pt")  # no later evaluation is better
+    path, before = run_dir(tmp_path), saved_by(tmp_path)
+    better = [{**before["evaluations"][0], "episodic_return": 1e9}]  # no later evaluation is
+    torch.save({**before, "evaluations": better}, path / "best.pt")
+    best = (path / "best.pt").read_bytes()
     with killed(torch, "save", 2):  # before the first new evaluation's checkpoint
-        resume(script, tmp_path, f"{MORE[script]} 40 --final-episodes 3 --eval-frequency 5")
+        resume(script, tmp_path, f"{MORE[script]} 40 --eval-frequency 5")
     assert saved_by(tmp_path)["global_step"] == 20
     assert "global_step=40, " in resume(script, tmp_path).splitlines()[-1]
     saved, written = saved_by(tmp_path), processes.written_by(tmp_path).json["args"]
-    given = {MORE[script][2:].replace("-", "_"): 40, "final_episodes": 3, "eval_frequency": 5}
+    given = {MORE[script][2:].replace("-", "_"): 40, "eval_frequency": 5}
     assert {**before["args"], **given} == {**saved["args"], "resume": None} and written == saved["args"]
-    assert saved["best_return"] == 1e9 and (path / "best.pt").read_bytes() == best
+    assert (path / "best.pt").read_bytes() == best  # which a kill between the two files left newer
     assert saved["evaluations"][:3] == before["evaluations"]  # with the length that they were asked for
     total = {"iql_continuous": "total_updates", "iql_finetune": "total_steps"}[script]
-    rows = [(row["global_step"], row["episodes"], row[total]) for row in saved["evaluations"][2:]]
-    assert rows == [(20, 2, 20), (25, 2, 40), (30, 2, 40), (35, 2, 40), (40, 3, 40)]
+    rows = [(row["global_step"], row[total]) for row in saved["evaluations"][2:]]
+    assert rows == [(20, 20), (25, 40), (30, 40), (35, 40), (40, 40)]
     v_rate, actor_rate, q_rate = (optimizer["param_groups"][0]["lr"].item() for optimizer in saved["optimizers"])
     assert v_rate == q_rate == pytest.approx(3e-4)
     assert actor_rate == pytest.approx(3e-4 * 0.5 * (1 + np.cos(np.pi * 39 / 40)))
@@ -146,7 +148,7 @@ def test_arguments_given_on_resume_hold_from_then_on(script, tmp_path):
 def test_what_would_make_another_run_is_refused(script, tmp_path):
     """A finished run takes nothing anew, a longer one what does not change what is learned. Nothing is written."""
     run(script, tmp_path / "work", f"{LENGTH[script]} 10")
-    free = "eval_frequency final_episodes eval_envs capture_video track wandb_project_name wandb_entity".split()
+    free = "dataset_id eval_frequency eval_envs capture_video track wandb_project_name wandb_entity".split()
     values = {"expectile": 0.6, "gamma": 0.5, "tau": 0.5, "actor_dropout": 0.5, "seed": 99, "env_id": "Other-v0"}
     values |= dict.fromkeys("exp_name wandb_project_name wandb_entity checkpoint dataset_id".split(), "other")
     directory, more = run_dir(tmp_path / "work"), f"{MORE[script]} 60"
@@ -170,7 +172,7 @@ def test_what_would_make_another_run_is_refused(script, tmp_path):
     saved = saved_by(tmp_path / "work")
     torch.save({**saved, "args": {**saved["args"], "cuda": True}}, directory / "checkpoint.pt")
     refused("another device", script, tmp_path, f"--resume {directory} {more}", tiny=False)
-    torch.save({key: value for key, value in saved.items() if key != "fingerprint"}, directory / "checkpoint.pt")
+    torch.save({key: value for key, value in saved.items() if key != "script"}, directory / "checkpoint.pt")
     refused("of another script or version", script, tmp_path, f"--resume {directory} {more}", tiny=False)
     assert [path.name for path in tmp_path.iterdir()] == ["work"] and run_dir(tmp_path / "work") == directory
 
@@ -188,7 +190,7 @@ def test_a_dataset_that_was_recorded_again_is_refused_and_one_that_moved_is_not(
         resume(script, tmp_path / str(k), f"{MORE[script]} 11")
     directory, again = run_dir(tmp_path / "2"), episode(seed=2)
     # the last is one of the next observations alone
-    for name, place in [("observations", 3), ("actions", 3), ("rewards", 3), ("terminations", 3), ("observations", 10)]:
+    for name, place in [("observations", 3), ("actions", 3), ("rewards", 3), ("terminations", 9), ("observations", 10)]:
         shutil.rmtree(path)
         column = np.array(getattr(again, name))
         column[place] = column[place] + 0.01 if name != "terminations" else True

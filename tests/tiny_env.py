@@ -57,20 +57,18 @@ class Tiny(gym.Env):
 class Ending(Tiny):
     """Where a start's first number is positive, the fifth step is a termination, and the second alone may be a success.
 
-    Elsewhere no word of success is said. The third and later episodes of an evaluation give 100 more at each step. What
-    follows an episode without a seed ends with a success.
+    Elsewhere no word of success is said. What follows an episode without a seed ends with a success.
     """
 
     def reset(self, seed=None, options=None):
         obs, info = super().reset(seed=seed)
         self.ends, self.wins = obs[0] > 0 or seed is None, obs[1] > 0 or seed is None
-        self.more = 100.0 * (1_000_002 <= seed < 1_001_000) if seed else 0.0
         return obs, info
 
     def step(self, action):
         obs, reward, _, truncated, _ = super().step(action)
         info = {"success": bool(self.wins and self.steps == 2)} if self.ends else {}
-        return obs, reward + self.more, bool(self.ends and self.steps == 5), truncated, info
+        return obs, reward, bool(self.ends and self.steps == 5), truncated, info
 
 
 class Unstable(Tiny):
