@@ -374,12 +374,12 @@ def load_dataset(env_id, dataset_id=None):
 
 def load_transitions(dataset, env, max_episodes=None):
     """Transitions, float64 arrays (N, ...) by name, and returns within the time limit (E,). Exits with a sentence."""
-    task, used, origins = TASKS.get(env.spec.id, ""), env.unwrapped.spec, []
-    for spec in (dataset.env_spec or used, used):
+    task, origins = TASKS.get(env.spec.id, ""), []
+    for spec in (dataset.env_spec or env.spec, env.spec):
         kwargs = json.dumps({**spec.kwargs, "render_mode": None}, default=str)
-        wrappers = [wrapper.name for wrapper in spec.additional_wrappers]
+        wrappers = {w.name for w in spec.additional_wrappers} - {"D4RLRules", "FlattenObservation", "RescaleAction"}
         limit = "D4RL's" if spec.id in TASKS else spec.max_episode_steps
-        origins.append(f"{spec.id}, kwargs {kwargs}, wrappers {wrappers}, time limit {limit}")
+        origins.append(f"{spec.id}, kwargs {kwargs}, wrappers {sorted(wrappers)}, time limit {limit}")
     if origins[0] != origins[1]:
         print(f"WARNING: {dataset.id} was recorded in {origins[0]}, and not in {origins[1]}.", file=sys.stderr)
     space = dataset.observation_space

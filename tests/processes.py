@@ -121,10 +121,9 @@ def start(script, folder, arguments=""):
         return started[-1]
     try:
         os.setsid()
-        os.dup2(write, 1)
-        os.dup2(write, 2)
+        os.dup2(write, 2)  # what goes to stdout is lost
         os.close(write)
-        sys.stdout = sys.stderr = open(2, "w", buffering=1)
+        sys.stdout, sys.stderr = open(os.devnull, "w"), open(2, "w", buffering=1)
         become(script, folder, arguments, True, pytest.MonkeyPatch())
         os._exit(0)
     except BaseException:

@@ -27,6 +27,21 @@ def test_a_random_policy_scores_zero(task):
     assert envs.envs[0].spec.max_episode_steps == horizon == (100 if task == "Pen" else 200)
 
 
+@pytest.mark.parametrize("task, body", [("Hammer", "obj_body_id"), ("Relocate", "obj_body_id"), ("Door", None)])
+def test_a_step_costs_the_distance_from_the_hand_that_it_was_paid_for(task, body):
+    """Measured in the simulator, on a step of the same environment without the rules."""
+    ours, own = iql.make_env(f"AdroitHand{task}-v1")(), gym.make(f"AdroitHand{task}-v1")
+    rng = np.random.default_rng(0)
+    for env in (ours, own):
+        env.reset(seed=0)
+    for _ in range(30):
+        action = rng.uniform(-1, 1, own.action_space.shape).astype(np.float32)
+        reward, plain, at = ours.step(action)[1], own.step(action)[1], own.unwrapped
+        palm = at.data.site_xpos[at.S_grasp_site_id if body else at.grasp_site_id]
+        target = at.data.xpos[at.obj_body_id] if body else at.data.site_xpos[at.handle_site_id]
+        assert plain - reward == pytest.approx(0.2 * np.linalg.norm(palm - target), abs=1e-9)
+
+
 def replay(k):
     """Observations before each step, and rewards, of demonstration k's actions in this repository's door."""
     env = iql.make_env("AdroitHandDoor-v1")()
@@ -94,9 +109,9 @@ def test_a_binary_task_pays_0_at_the_goal_and_ends_at_its_horizon_alone(task, mo
     env_id, horizon = f"AdroitHand{task}Sparse-v1", 100 if task == "Pen" else 200
     envs, rng = gym.vector.SyncVectorEnv([iql.make_env(env_id)]), np.random.default_rng(0)
     reference = iql.ADROIT[iql.TASKS[env_id]][1:]
-    returns, successes = iql.evaluate(envs, lambda _: rng.uniform(-1, 1, envs.action_space.shape), 5)
+    returns, successes = iql.evaluate(envs, lambda _: rng.uniform(-1, 1, envs.action_space.shape), 20)
     score = iql.summarize(returns, successes, reference)["normalized_score"]
-    assert 0 <= score <= 2 and (returns + horizon == 100 * 0).all() or task == "Pen"  # by chance hits
+    assert 0 <= score <= (3 if task == "Pen" else 0)  # a random policy turns a pen to the goal by chance
     own, said = type(envs.envs[0].unwrapped), []
 
     def step(self, action, plain=own.step):

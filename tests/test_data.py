@@ -66,6 +66,20 @@ def test_an_evaluation_counts_each_episode_to_its_end_and_no_further(vector):
         envs.close()
         assert found[0].tolist() == pytest.approx(returns)
         assert (found[1] is None) if kind == "Silent" else (found[1].tolist() == successes and 0 < sum(successes) < 7)
+    alone = gym.vector.SyncVectorEnv([iql.make_env("tiny_env:Ending-v0")])
+    starts = [alone.reset(seed=1_000_000 + k)[0][0, 0] > 0 for k in range(7)]  # these report
+    assert starts[0] and not all(starts)
+    for k in range(7):  # once an episode has reported, all have
+        assert iql.evaluate(alone, lambda obs: np.ones((1, 2), np.float32), k + 1)[1] is not None
+
+
+@pytest.mark.parametrize("value", [np.nan, None, np.array([np.nan]), 0, np.array([True]), np.bool_(True), 1.0])
+def test_success_may_be_an_array_of_one_and_neither_nan_nor_none_is_one(value, monkeypatch, tmp_path):
+    plain, success = tiny_env.Tiny.step, bool(value == 1)
+    monkeypatch.setattr(tiny_env.Tiny, "step", lambda *arguments: (*plain(*arguments)[:4], {"success": value}))
+    run("iql_finetune", tmp_path)
+    saved = saved_by(tmp_path)
+    assert saved["online_successes"] == 8 * [success] and saved["evaluations"][-1]["success_rate"] == success
 
 
 # WHAT IS READ
@@ -125,19 +139,34 @@ def test_an_episode_of_pen_ends_where_d4rl_ends_it_as_a_termination(own_root):
     assert (iql.load_transitions(bundled, env)[0]["terminations"] == terminations).all()
     gym.register("NoPen-v0", entry_point=lambda: tiny_env.Tiny(*spaces.values()), max_episode_steps=10)
     assert iql.load_transitions(dataset, iql.make_env("NoPen-v0")())[1].tolist() == [15, 3, 3, 3]
+    # the binary task ends nothing, and takes no other rewards than its own
+    sparse = iql.make_env("AdroitHandPenSparse-v1")()
+    dropped = pen_episode([high, ground, high], rewards=np.array([-1.0, 0.0]))
+    transitions, returns = iql.load_transitions(write("odd/sparse-v0", dropped, **spaces), sparse)
+    assert returns.tolist() == [-1] and not transitions["terminations"].any()
+    with pytest.raises(SystemExit, match="^odd/pen-v0 has other rewards than AdroitHandPenSparse-v1, .*0 at the goal"):
+        iql.load_transitions(dataset, sparse)
     dataset = write("odd/ground-v0", *2 * [pen_episode([ground, high])], **spaces)
     with pytest.raises(SystemExit, match="^odd/ground-v0 holds no episode: use another dataset"):
         iql.load_transitions(dataset, env)
 
 
 def test_data_of_another_environment_are_warned_of(own_root, capsys):
-    """Or of the same one with other arguments: another maze, say."""
-    dataset, plain = write("odd/set-v0", episode(), env=gym.spec("Ending-v0")), 'kwargs {"render_mode": null}'
-    for kind, kwargs in (("Ending", {}), ("Tiny", {}), ("Ending", {"action_space": gym.spaces.Box(-1, 1, (2,))})):
-        iql.load_transitions(dataset, iql.make_env(f"tiny_env:{kind}-v0", **kwargs)())
-        used = plain if not kwargs else 'kwargs {"action_space": "Box('
-        said = f"WARNING: odd/set-v0 was recorded in Ending-v0, {plain}, and not in {kind}-v0, {used}"
-        assert (said in capsys.readouterr().err) == (kind == "Tiny" or bool(kwargs))
+    """Or of the same one with other arguments, wrappers or time limit, but not where the script sets the limit."""
+    plain, env = 'kwargs {"render_mode": null}, wrappers [], time limit 10', gym.make("tiny_env:Ending-v0")
+    wrapped, longer = gym.wrappers.NormalizeReward(env), gym.make("Ending-v0", max_episode_steps=40)
+    origins = {plain: env, plain.replace("[]", "['NormalizeReward']"): wrapped, plain.replace("10", "40"): longer}
+    for k, (origin, env) in enumerate(origins.items()):
+        dataset = write(f"odd/set-v{k}", episode(), env=env.spec)
+        for kind, kwargs in (("Ending", {}), ("Tiny", {}), ("Ending", {"action_space": gym.spaces.Box(-1, 1, (2,))})):
+            iql.load_transitions(dataset, iql.make_env(f"tiny_env:{kind}-v0", **kwargs)())
+            used = plain if not kwargs else 'kwargs {"action_space": "Box('
+            said = f"WARNING: odd/set-v{k} was recorded in Ending-v0, {origin}, and not in {kind}-v0, {used}"
+            assert (said in capsys.readouterr().err) == (k > 0 or kind == "Tiny" or bool(kwargs))
+    for task in ("pen", "door"):  # 100 steps in this dataset's environment and 200 in the registered one
+        env_id = f"AdroitHand{task.capitalize()}-v1"
+        iql.load_transitions(iql.load_dataset(env_id, f"bundled/{task}/demos-v0"), iql.make_env(env_id)())
+    assert "WARNING" not in capsys.readouterr().err
 
 
 def test_the_dataset_that_is_read_is_the_one_that_is_named(own_root, monkeypatch, capsys):
@@ -203,7 +232,7 @@ def test_what_cannot_be_opened_for_another_reason_keeps_it(own_root, monkeypatch
     monkeypatch.setitem(sys.modules, "pyarrow", None)  # not installed
     with pytest.raises(ImportError, match="pip install"):
         iql.load_dataset("Tiny-v0", "odd/set-v0")
-    for name in ("odd", str(own_root), "bundled/pen", "odd/set-v0"):  # the first three hold datasets
+    for name in ("odd", str(own_root), "bundled/pen", "", "odd/set-v0"):  # the first four hold datasets
         if name == "odd/set-v0":
             monkeypatch.setattr(minari, "MinariDataset", Mock(side_effect=PermissionError(13, "Permission denied")))
         with pytest.raises(SystemExit, match=f"^{name} cannot be opened, .*Error"):
@@ -219,6 +248,9 @@ def test_a_dataset_that_does_not_fit_or_is_not_finite_is_refused(own_root):
     for name, shape in shapes:
         telling = f"does not fit Tiny-v0: .*{re.escape(str(shape))}"
         cases.append(("Tiny", [episode(), episode(**{name: np.zeros(shape, np.float32)})], OBSERVATIONS, telling))
+    for name in ("terminations", "truncations"):
+        flags = {name: np.arange(10) == 3}
+        cases.append(("Tiny", [episode(), episode(**flags)], OBSERVATIONS, "has an episode that goes on after a term"))
     for kind, keys, steps in (("Tiny", "za", 11), ("Parts", "z", 11), ("Parts", "za", 10)):
         space = gym.spaces.Dict({key: Parts.parts[key] for key in keys})
         parts = {key: np.zeros((steps, *part.shape), np.float32) for key, part in space.items()}
@@ -287,6 +319,10 @@ def test_a_run_standardizes_what_varies_and_scores_by_the_datasets_own_reference
     saved, obs = saved_by(tmp_path / "run"), observations[:-1].astype(np.float64)
     np.testing.assert_allclose(saved["agent"]["actor.obs_mean"], obs.mean(0), rtol=1e-12)
     np.testing.assert_allclose(saved["agent"]["actor.obs_std"], [*(obs.std(0)[:2] + 1e-3), 1], rtol=1e-9)
+    agent = iql.Agent(3, 2, iql.Args())
+    agent.load_state_dict(saved["agent"])
+    exact = (obs - saved["agent"]["actor.obs_mean"].numpy()) / saved["agent"]["actor.obs_std"].numpy()
+    np.testing.assert_allclose(agent.actor.normalize(obs), exact, atol=1e-5)  # float32 would be off by 0.005
     measured = json.loads((run_dir(tmp_path / "run") / "args.json").read_text())
     write("odd/plain-v0", episode())  # has none: the checkpoint's
     flags = f"{NOTHING[script]} --checkpoint {run_dir(tmp_path / 'run')}/best.pt --dataset-id odd/plain-v0"
@@ -314,6 +350,10 @@ def test_an_argument_out_of_range_is_refused(script, tmp_path, capsys):
     for telling, name, value in cases:
         with pytest.raises(ValueError, match=telling) if telling else nullcontext():
             script.Args(**{name: value})
+    if script is iql_finetune:
+        assert script.Args(checkpoint="x").offline_updates == 0
+        with pytest.raises(ValueError, match="--checkpoint takes the place of .* leave out --offline-updates"):
+            script.Args(checkpoint="x", offline_updates=5)
     assert refused("2", script.__name__, tmp_path, "--actor-dropout 1") == 2  # tyro's status
     assert "--actor-dropout must lie between" in " ".join(capsys.readouterr().err.split())
     for steps in (1, 10) if script is iql_finetune else ():

@@ -5,10 +5,14 @@ import os
 import resource
 import shutil
 import signal
+import sys
 import time
 import traceback
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import processes
 import pytest
@@ -144,6 +148,33 @@ def test_arguments_given_on_resume_hold_from_then_on(script, tmp_path):
     assert actor_rate == pytest.approx(3e-4 * 0.5 * (1 + np.cos(np.pi * 39 / 40)))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Minari wants an author, an e-mail address and more
+@by_script
+def test_what_changes_no_update_may_be_given_alone(script, tmp_path, own_root, monkeypatch):
+    """The references of the data are not read again, and a script that changed meanwhile is named."""
+    write("some/set-v0", episode()).storage.update_metadata({"ref_min_score": -100.0, "ref_max_score": 0.0})
+    own = Path(shutil.copy(ROOT / f"{script}.py", tmp_path))
+    run(own, tmp_path / "run", f"{NOTHING[script]} {MORE[script]} 20 --learning-rate 0.001 --dataset-id some/set-v0")
+    moved = shutil.copytree(own_root / "some", tmp_path / "moved") / "set-v0"
+    write("other/set-v0", episode()).storage.update_metadata({"ref_min_score": 0.0, "ref_max_score": 1.0})
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: None))
+    monkeypatch.setattr(gym.wrappers, "RecordVideo", lambda env, _: SimpleNamespace(env=env))
+    given = {"dataset_id": moved, "eval_frequency": 7, "eval_envs": 1, "track": True, "capture_video": True}
+    given |= {"wandb_project_name": "some", "wandb_entity": "body"}
+    for name, value in given.items():
+        with killed(torch, "save", 2):
+            resume(
+                own, tmp_path / "run", f"{MORE[script]} 30 --{name.replace('_', '-')} {'' if value is True else value}"
+            )
+        assert str(saved_by(tmp_path / "run")["args"][name]) == str(value)
+    own.write_text(own.read_text() + "# edited\\n")
+    printed = resume(own, tmp_path / "run", "--no-capture-video --dataset-id other/set-v0")
+    assert f"{own} has changed since runs/{run_dir(tmp_path / 'run').name} began" in printed
+    row, script = saved_by(tmp_path / "run")["evaluations"][-1], processes.written_by(tmp_path / "run").json["script"]
+    assert row["global_step"] == 30 and row["normalized_score"] == pytest.approx(row["episodic_return"] + 100)
+    assert script == saved_by(tmp_path / "run")["script"] and script.endswith(f"+{zlib.crc32(own.read_bytes()):08x}")
+
+
 @by_script
 def test_what_would_make_another_run_is_refused(script, tmp_path):
     """A finished run takes nothing anew, a longer one what does not change what is learned. Nothing is written."""
@@ -197,6 +228,19 @@ def test_a_dataset_that_was_recorded_again_is_refused_and_one_that_moved_is_not(
         write("some/set-v0", episode(seed=1), episode(seed=2, **{name: column}))
         sentence = refused("", script, tmp_path, f"--resume {directory} {MORE[script]} 20", tiny=False)
         assert sentence == f"The dataset some/set-v0 has changed since {directory} began: begin a new run."
+
+
+@by_script
+def test_what_counts_is_on_the_disk_before_it_does(script, tmp_path, monkeypatch):
+    """Online transitions before a checkpoint that counts them, a checkpoint before it takes the old one's place."""
+    log = []
+    for owner, name in ((np.memmap, "flush"), (torch, "save"), (os, "fsync"), (os, "replace")):
+        call = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, name=name, call=call: log.append(name) or call(*given))
+    run(script, tmp_path)
+    evaluations, text = len(saved_by(tmp_path)["evaluations"]), " ".join(log)
+    assert text.count("save fsync replace") == log.count("save") > evaluations == 13
+    assert text.count("flush save") == (evaluations if script == "iql_finetune" else 0)
 
 
 @by_script

@@ -240,6 +240,14 @@ def test_a_run_is_tracked_and_a_resumed_one_goes_on_in_the_same_wandb_run(script
 
 
 @by_script
+def test_an_environment_may_be_in_a_module_of_the_folder_where_one_works(script, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "my_env", raising=False)
+    registration = "gym.register('My-v0', 'tiny_env:Tiny', max_episode_steps=10)"
+    (tmp_path / "my_env.py").write_text(f"import gymnasium as gym\n{registration}\n")
+    assert "my_env:My-v0" in run(script, tmp_path, f"{NOTHING[script]} --env-id my_env:My-v0")
+
+
+@by_script
 def test_the_scripts_own_dependencies_are_those_of_requirements_txt(script):
     head = re.search(r"^# /// script\n(.*?)^# ///$", (ROOT / f"{script}.py").read_text(), re.DOTALL | re.MULTILINE)[1]
     requirements = (ROOT / "requirements.txt").read_text().split("# the figure")[0]
