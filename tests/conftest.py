@@ -13,7 +13,7 @@ import pytest
 from processes import ROOT, finish, started
 from tiny_env import episode, write
 
-sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+sys.path[:0] = [str(ROOT), str(ROOT / "docs"), str(ROOT / "tests" / "datasets")]
 
 
 def pytest_addoption(parser):

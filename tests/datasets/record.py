@@ -64,7 +64,7 @@ def trained_policy(checkpoint, task, seed):
     if not args["env_id"].startswith(f"AdroitHand{task.capitalize()}"):
         sys.exit(f"{checkpoint} is a policy for {args['env_id']}: name one for {task}.")
     (_, obs_dim), (act_dim, _) = weights["actor.fc1.weight"].shape, weights["actor.fc_mean.weight"].shape
-    agent = iql.Agent(obs_dim, act_dim, SimpleNamespace(actor_dropout=0.0)).eval()
+    agent = iql.Agent(obs_dim, act_dim, SimpleNamespace(actor_dropout=0.0))
     agent.load_state_dict(weights)
     generator = torch.Generator().manual_seed(seed)
 
