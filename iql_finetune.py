@@ -51,7 +51,7 @@ class Args:
     dataset_id: str | None = None
     """the id of the Minari dataset; None: a checkpoint's, or D4RL's expert set of the Adroit task"""
     max_episodes: int | None = None
-    """number of episodes to use, the dataset's first; None: as a checkpoint of this dataset, or all"""
+    """number of episodes to use, the dataset's first; None: a checkpoint's, if its dataset is used, or all"""
     offline_updates: int | None = None
     """number of updates on the dataset alone; None: 1,000,000, or 0 with --checkpoint, which takes their place"""
     online_steps: int = 1_000_000
@@ -123,7 +123,7 @@ class Args:
             raise ValueError("batch size, evaluation frequency, episodes and environments must be at least 1")
         if not (0 < self.expectile < 1 and 0 <= self.gamma <= 1 and 0 <= self.tau <= 1 and 0 <= self.actor_dropout < 1):
             raise ValueError("--expectile, --gamma, --tau and --actor-dropout must lie between 0 and 1")
-        nan = any(value != value for value in vars(self).values())
+        nan = any(isinstance(value, float) and math.isnan(value) for value in vars(self).values())
         numbers = (self.offline_updates, self.online_steps, self.learning_starts, self.exploration_scale)
         if nan or not (self.learning_rate > 0 and min(*numbers, self.beta, self.max_weight) >= 0):
             raise ValueError("--learning-rate must be above 0, lengths and factors at least 0, and nothing NaN")
@@ -229,7 +229,7 @@ def update(agent, optimizers, data, args):
     v_loss.backward()
     v_optimizer.step()
 
-    # the actor regresses to the data's actions, weighted by exp(beta * advantage) (Eq. 7)
+    # the actor regresses to the data's actions, weighted by exp(beta * advantage) with the new V (Eq. 7)
     with torch.no_grad():
         advantages = min_qf_target - agent.vf(obs)
         weights = torch.exp(args.beta * advantages).clamp(max=args.max_weight)
@@ -275,7 +275,7 @@ ADROIT = {
     "door": (200, -56.512833, 2880.5693087298737),
     "relocate": (200, -6.425911, 4233.877797728884),
 }
-# the papers' binary tasks give 0 in a step at the goal and -1 in any other: the score is the share of solved steps
+# the papers' binary tasks, as pen-binary in AdroitHandPenSparse-v1: 0 in a step at the goal, else -1
 ADROIT |= {f"{task}-binary": (horizon, -horizon, 0) for task, (horizon, _, _) in ADROIT.items()}
 TASKS = {f"AdroitHand{task.capitalize()}-v1".replace("-binary", "Sparse"): task for task in ADROIT}
 EVAL_SEED = 1_000_000  # the k-th episode of every evaluation is reset with EVAL_SEED + k: all have the same starts
@@ -293,7 +293,7 @@ class D4RLRules(gym.Wrapper):
             terminated = terminated or bool(obs[26] < 0.075)  # a dropped pen ends the episode
         else:
             reach = {"hammer": obs[33:36] - obs[36:39], "door": obs[35:38], "relocate": obs[30:33]}[task]
-            reward -= 0.2 * np.linalg.norm(reach)  # far from the object costs 0.1 a meter, where it was paid as much
+            reward -= 0.2 * np.linalg.norm(reach)  # gymnasium-robotics adds 0.1 * distance, D4RL subtracts it
         return obs, reward, terminated, truncated, info
 
 
@@ -354,7 +354,7 @@ def load_dataset(env_id, dataset_id=None):
     task, bundled = TASKS.get(env_id), Path(__file__).resolve().parent / "tests" / "datasets"
     if dataset_id is None and (task is None or task.endswith("binary")):
         sys.exit(f"{env_id} has no default dataset: name one with --dataset-id (`minari list remote` lists them).")
-    wanted, demos = f"D4RL/{task}/expert-v2" if dataset_id is None else dataset_id, f"bundled/{task}/demos-v0"
+    demos, wanted = f"bundled/{task}/demos-v0", f"D4RL/{task}/expert-v2" if dataset_id is None else dataset_id
     path = bundled / wanted if (bundled / wanted).exists() else minari.storage.get_dataset_path(wanted)
     if not path.exists():
         print(f"Downloading {wanted} (without a network this takes half a minute to fail)", flush=True)
@@ -376,7 +376,7 @@ def load_transitions(dataset, env, max_episodes=None):
     """Transitions, float64 arrays (N, ...) by name, and returns within the time limit (E,). Exits with a sentence."""
     task, origins = TASKS.get(env.spec.id, ""), []
     for spec in (dataset.env_spec or env.spec, env.spec):
-        kwargs = json.dumps({**spec.kwargs, "render_mode": None}, default=str)
+        kwargs = json.dumps({**spec.kwargs, "render_mode": None}, sort_keys=True, default=str)
         wrappers = {w.name for w in spec.additional_wrappers} - {"D4RLRules", "FlattenObservation", "RescaleAction"}
         limit = "D4RL's" if spec.id in TASKS else spec.max_episode_steps
         origins.append(f"{spec.id}, kwargs {kwargs}, wrappers {sorted(wrappers)}, time limit {limit}")
@@ -395,11 +395,12 @@ def load_transitions(dataset, env, max_episodes=None):
     for episode in episodes:
         T, obs, terminations = len(episode.rewards), episode.observations, episode.terminations
         if isinstance(obs, dict):  # in the environment's order, as FlattenObservation has it: Minari sorts the keys
-            keys = getattr(env.env.env.observation_space, "spaces", ())  # none of a Box, which may have another order
-            obs = np.concatenate([obs[k].reshape(len(obs[k]), -1) for k in keys if k in obs] or [np.zeros((1, 0))], 1)
+            keys = [key for key in getattr(env.env.env.observation_space, "spaces", ()) if key in obs]
+            obs = np.concatenate([obs[key].reshape(len(obs[key]), -1) for key in keys] or [np.zeros((1, 0))], 1)
         obs = obs.reshape(len(obs), -1)
         shapes = [obs.shape, episode.actions.shape, episode.rewards.shape, terminations.shape]
-        if shapes != (fitting := [(T + 1, *env.observation_space.shape), (T, *env.action_space.shape), (T,), (T,)]):
+        fitting = [(T + 1, *env.observation_space.shape), (T, *env.action_space.shape), (T,), (T,)]
+        if shapes != fitting:
             sys.exit(f"{dataset.id} does not fit {env.spec.id}: observations, ... have shapes {shapes}, not {fitting}.")
         if terminations[:-1].any() or episode.truncations[:-1].any():
             sys.exit(f"{dataset.id} has an episode that goes on after a termination or truncation: split it there.")
@@ -469,7 +470,7 @@ def parse_args():
         names += ["dataset_id", "max_episodes"] if args.dataset_id is None else []
         inherited = {name: saved["args"][name] for name in names}
         args = tyro.cli(Args, default=Args(checkpoint=args.checkpoint, **inherited))
-        names = ("gamma", "tau", "expectile", "beta", "max_weight", "actor_dropout", "batch_size")
+        names += ["gamma", "tau", "expectile", "beta", "max_weight", "actor_dropout", "batch_size"]
         changed = [name for name in names if getattr(args, name) != saved["args"][name]]
         changed = [f"{name} {saved['args'][name]} -> {getattr(args, name)}" for name in changed]
         print(f"{args.checkpoint} gives the networks. Other than in its run: {', '.join(changed) or 'nothing'}")
@@ -479,11 +480,10 @@ def parse_args():
         sys.exit(f"{args.resume} is a run of another script or version: resume it with the one that began it.")
     args = tyro.cli(Args, default=Args(**saved["args"]))
     finished = args.offline_updates + args.online_steps <= saved["global_step"]
-    # what changes no update may be given anew, and so may the length
-    free = ["online_steps", "dataset_id", "eval_frequency", "eval_envs", "capture_video", "track"]
-    free = [] if finished else [*free, "wandb_project_name", "wandb_entity"]
+    free = ["online_steps", "dataset_id", "eval_frequency", "eval_envs", "capture_video"]
+    free += ["track", "wandb_project_name", "wandb_entity"]
     changed = [name for name in vars(args) if name != "resume" and getattr(args, name) != saved["args"][name]]
-    refused = [name for name in changed if name not in free]
+    refused = [name for name in changed if finished or name not in free]  # free is what changes no update, and length
     if refused:
         sys.exit(f"{args.resume} takes no other {', '.join(refused)} at step {saved['global_step']}: begin a new run.")
     if finished:
@@ -587,9 +587,10 @@ if __name__ == "__main__":
             sys.exit(f"{run_dir} ran on another device: resume it there.")
         if fingerprint != saved["fingerprint"]:
             sys.exit(f"The dataset {args.dataset_id} has changed since {run_dir} began: begin a new run.")
-        if script != saved["script"]:
+        if not saved["script"].endswith(script):
             print(f"{sys.argv[0]} has changed since {run_dir} began: the run goes on with the new text.")
-            script = f"{saved['script']}+{script}"
+            saved["script"] += f"+{script}"
+        script = saved["script"]
         evaluations, online_successes = saved["evaluations"], saved["online_successes"]
         first_step, start_time = saved["global_step"] + 1, start_time - evaluations[-1]["wall_seconds"]
         if (run_dir / "best.pt").exists():  # after a kill it may be newer than the checkpoint
@@ -605,12 +606,12 @@ if __name__ == "__main__":
 
     # the online transitions are in a file too, which outlives the process
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-    row = np.dtype([(name, np.float32, column.shape[1:]) for name, column in transitions.items()])
+    dtype = np.dtype([(name, np.float32, column.shape[1:]) for name, column in transitions.items()])
     with open(run_dir / "online.bin", "ab") as file:
-        file.write(bytes(max(0, row.itemsize * max(1, args.online_steps) - file.tell())))  # fails now on a full disk
-    online = np.memmap(run_dir / "online.bin", row, "r+")
+        file.write(bytes(max(0, dtype.itemsize * max(1, args.online_steps) - file.tell())))  # fails now on a full disk
+    online = np.memmap(run_dir / "online.bin", dtype, "r+", shape=max(1, args.online_steps))
     collected = max(0, first_step - 1 - args.offline_updates)
-    if (online[:collected] == np.zeros((), row)).any():  # such a row was never written
+    if (online[:collected] == np.zeros((), dtype)).any():  # such a row was never written
         sys.exit(f"{run_dir}/online.bin lacks transitions: begin a new run.")
     for name, column in transitions.items():
         column[transition_count : transition_count + collected] = torch.from_numpy(online[name][:collected])
@@ -635,14 +636,13 @@ if __name__ == "__main__":
         return update(agent, optimizers, data, args)
 
     if args.cudagraphs and args.cuda:
-        step = capture(step).__next__
+        step = capture(step).__next__  # plain three times, then recorded and replayed
 
     # TRY NOT TO MODIFY: start the training. global_step counts offline updates, then steps in the environment
     obs = None  # between two online episodes; a resumed run begins a new one
     for global_step in tqdm(range(first_step, total_steps + 1), disable=None):
         online_step = max(0, global_step - args.offline_updates)
         if online_step > 0:
-            # ALGO LOGIC: put action logic here
             if obs is None:
                 obs, _ = env.reset(seed=torch.randint(2**31, ()).item())
                 episodic_return, success = 0.0, False
@@ -694,7 +694,7 @@ if __name__ == "__main__":
             tqdm.write(describe(evaluations[-1]))
             sys.stdout.flush()
             with open(run_dir / "evaluations.csv", "w", newline="") as file:
-                table = csv.DictWriter(file, {name: None for row in evaluations for name in row})
+                table = csv.DictWriter(file, dict.fromkeys(name for row in evaluations for name in row))
                 table.writeheader()
                 table.writerows(evaluations)
             state = {

@@ -166,7 +166,9 @@ def test_a_checkpoint_gives_statistics_units_and_data_where_nothing_else_is_aske
         if script == "iql_finetune":
             assert f"before fine-tuning: {iql_continuous.describe(first)}\n" in printed
             own = before["args"]["expectile"]
-            changed = "nothing" if own == 0.8 else f"expectile {own} -> 0.8"
+            changed = [f"{name} {before['args'][name]} -> {value}" for name, value in given.items() if k < 2]
+            changed += ["reward_scale 0.125 -> 0.5", "reward_shift -0.5 -> 0.0"] * (k == 2)
+            changed = ", ".join([*changed, *[f"expectile {own} -> 0.8"] * (own != 0.8)]) or "nothing"
             assert f"{path} gives the networks. Other than in its run: {changed}\n" in printed
             row = np.fromfile(run_dir(tmp_path / str(k)) / "online.bin", np.float32)[:10]
             reward = row[5] / units["reward_scale"] - units["reward_shift"]
