@@ -12,8 +12,7 @@ from processes import ROOT, SCRIPTS, run, run_dir, saved_by
 import iql_continuous as iql
 
 README = ROOT / "README.md"
-# the lab notes are of older versions
-TEXTS = {path: path.read_text().replace("\\\n", " ") for path in (README, *ROOT.glob("docs/[!l]*.md"))}
+TEXTS = {path: path.read_text().replace("\\\n", " ") for path in (README, *ROOT.glob("docs/*.md"))}
 ARGS = {script: importlib.import_module(script).Args for script in SCRIPTS}
 
 
