@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -14,9 +15,8 @@ from matplotlib.ticker import EngFormatter
 SAME = """seed exp_name torch_deterministic cuda cudagraphs track wandb_project_name wandb_entity capture_video resume
 checkpoint env_id dataset_id max_episodes total_updates offline_updates online_steps eval_envs""".split()
 NUMBERS = ("final", "best", "success_rate", "wall_seconds", "random_score", "dataset_score")
-COLUMNS = ("environment", "data", "variant", "seed", "updates", "unit", *NUMBERS, "dataset_episodes")
+COLUMNS = (*"environment data variant seed run script checkpoint updates unit".split(), *NUMBERS, "dataset_episodes")
 SET = ("environment", "data", "dataset_episodes", "dataset_score", "unit")  # an id alone may name unlike data
-IDENTITY = (*SET, "variant", "updates", "seed")
 HEAD = "environment|data (episodes, score)|variant|updates|runs|final|IQM of final|best|success".split("|")
 NOTES = """
 Scores are normalized as in D4RL: 0 is its random policy, 100 its expert. Environments without such a reference have
@@ -24,8 +24,8 @@ plain returns, and say so. Final is the last evaluation, best the best of a run,
 (divisor n). IQM is the mean of the middle half of the runs, with the 95% interval of 10,000 stratified bootstrap
 samples (Agarwal et al. 2021). "all" needs as many runs of each set. a+b updates are a offline and those of b online
 steps; a->b were a at first and then lengthened to b (a@c->b after c of them), whose cosine the learning rate followed
-from there on. data[:n] are the first n episodes. A checkpoint is evaluated once, whatever the seed. Single runs,
-minutes and random policies are in results.csv; published scores are in docs/results.md.
+from there on. data[:n] are the first n episodes. A checkpoint is evaluated once, whatever the seed. script= is the
+checksum of the code. Single runs are in results.csv, published scores in docs/results.md.
 """
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's, for all eyes
 
@@ -53,7 +53,7 @@ def read_run(path):
     data += f"[:{args['max_episodes']}]" if args["max_episodes"] else ""
     data = data if "dataset" in run else f"only evaluated, of {data}"  # trained nothing: the data are its checkpoint's
     common = {"environment": args["env_id"], "data": data, "seed": str(args["seed"]), "run": path.parent.name}
-    common |= {"checkpoint": "/".join(Path(args["checkpoint"] or "").parts[-2:])}
+    common |= {"checkpoint": "/".join(Path(args["checkpoint"] or "").parts[-2:]), "script": run.get("script", "")}
     common["args"] = {name: value for name, value in args.items() if name not in SAME}
     offline = args.get("offline_updates", 0)
     total = offline + args.get("online_steps", args.get("total_updates"))
@@ -71,14 +71,11 @@ def read_run(path):
     score, dataset = "normalized_score" if unit == "normalized" else "episodic_return", run.get("dataset", {})
     common |= {f"{name}_score": float(run.get(name, {}).get(score, "nan")) for name in ("random", "dataset")}
     common |= {"unit": unit, "dataset_episodes": str(dataset.get("episodes", ""))}
-    common["author"] = ", ".join(np.atleast_1d(run.get("author") or []))
     for phase, updates, rows in phases:
         result = common | {"variant": label, "phase": phase, "updates": updates}
         if done and rows:
-            scores = [float(row[score]) for row in rows]
-            result |= {"step": int(rows[-1]["global_step"]), "final": scores[-1], "best": max(scores)}
-            same_starts = [row for row in rows[:-1] if row["episodes"] == str(args["eval_episodes"])]
-            result["curve"] = [[float(row[name]) for row in same_starts] for name in ("global_step", score)]
+            steps, scores = ([float(row[name]) for row in rows] for name in ("global_step", score))
+            result |= {"curve": (steps, scores), "final": scores[-1], "best": max(scores)}
             result |= {name: float(rows[-1].get(name) or "nan") for name in ("success_rate", "wall_seconds")}
         if rows if done else phase != " offline":
             yield result
@@ -95,8 +92,6 @@ def name_variants(results):
         shared = len(group(same, "seed", "checkpoint")) > len(group(same, "seed"))
         for row in same:
             row["variant"] += (f" checkpoint={row['checkpoint']}" if shared else "") + row["phase"]
-            if row["updates"] in ("checkpoint", "checkpoint+0"):  # the seed of an evaluation changes nothing
-                row["seed"] = row["checkpoint"]
     return results
 
 
@@ -113,19 +108,26 @@ def collect(folder, earlier):
         try:
             for row in csv.DictReader(earlier.read_text(encoding="utf-8").splitlines()):
                 row = {name: row[name] for name in COLUMNS} | {name: float(row[name]) for name in NUMBERS}
-                merged.append(row | {"run": earlier.name, "args": None})
+                merged.append(
+                    row | {"variant": row["variant"].split(" script=")[0], "from": earlier.name, "args": None}
+                )
         except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
             sys.exit(f"{earlier} is no results.csv of this report ({type(error).__name__}: {error}).")
     for row in merged + [row for row in name_variants(found) if "final" in row]:
-        old = results.get(key(row, IDENTITY), row)
-        if any(str(old[name]) != str(row[name]) for name in COLUMNS if name != "wall_seconds"):
-            replaced[f"{old['run']} by {row['run']}"] = True
-        results[key(row, IDENTITY)] = row
+        alone = row["updates"] in ("checkpoint", "checkpoint+0")  # the seed of an evaluation changes nothing
+        identity = key(row, (*SET, "variant", "updates", "script", "checkpoint" if alone else "seed"))
+        old = results.get(identity, row)
+        if any(str(old[name]) != str(row[name]) for name in {*COLUMNS} - {"wall_seconds", "run", "seed"}):
+            replaced[f"{old.get('from', old['run'])} by {row['run']}"] = True
+        results[identity] = row
+    for same in group(results.values(), *SET, "variant", "updates").values():
+        for row in same if len(group(same, "script")) > 1 else []:
+            row["variant"] += f" script={row['script'] or 'unknown'}"
     unfinished += [row["run"] for row in found if "final" not in row]
     others = {"Replaced by another run of the same name, arguments and seed": replaced, "Not finished": unfinished}
     text = "".join(f"\n{head}: {', '.join(names)}.\n" for head, names in others.items() if names)
     text += f"\n{earlier.name} has no arguments: its variants are told apart by their names.\n" if merged else ""
-    order = sorted(results, key=lambda k: (k[: len(SET)], k[-3][:3] != "iql", k[-3:-1], k[-1].zfill(9)))
+    order = sorted(results, key=lambda k: (k[: len(SET)], k[-4][:3] != "iql", k[-4:-1], k[-1].zfill(9)))
     return [results[identity] for identity in order], text
 
 
@@ -146,7 +148,7 @@ def make_table(results):
         found = f"{data} ({episodes}, {rows[0]['dataset_score']:z.1f})".replace(" (, nan)", "")
         entries.append((environment + (" (returns)" if unit == "return" else ""), found, [rows]))
     comparable = [row for row in results if row["unit"] == "normalized" and row["dataset_episodes"] and row["args"]]
-    for rows in group(comparable, "variant", "updates", "args").values():
+    for rows in group(comparable, "variant", "updates", "args", "script").values():
         strata = list(group(rows, *SET).values())
         entries += [("all", f"{len(strata)} sets", strata)] if len(strata) > 1 == len({*map(len, strata)}) else []
     for environment, data, strata in entries:
@@ -179,20 +181,15 @@ def draw(results, path):
             color, style = styles.setdefault(name, (COLORS[len(styles) % 6], ("-", "-.", ":")[len(styles) // 6 % 3]))
             name += ", mean and range of the seeds" if len(rows) > 1 else ""
             steps = rows[0]["curve"][0]
-            scores = np.array([np.interp(steps, *row["curve"]) for row in rows if steps])
-            if steps:
-                ax.fill_between(steps, scores.min(0), scores.max(0), color=color, alpha=0.2, linewidth=0)
-                (legend[name],) = ax.plot(steps, scores.mean(0), style, color=color)
-            mark = ax.plot([row["step"] for row in rows], [row["final"] for row in rows], "D", color=color, alpha=0.7)
-            legend.setdefault(name, *mark)
+            scores = np.array([np.interp(steps, *row["curve"]) for row in rows])
+            ax.fill_between(steps, scores.min(0), scores.max(0), color=color, alpha=0.2, linewidth=0)
+            (legend[name],) = ax.plot(steps, scores.mean(0), style, color=color, marker=".")
         legend["mean of the dataset"] = ax.axhline(panel[0]["dataset_score"], color="black", linestyle="--")
         legend["random policy"] = ax.axhline(panel[0]["random_score"], color="gray", linestyle=":")
-        author = panel[0]["author"] and f"\nauthor: {panel[0]['author']}"  # tells data recorded anew under a known id
-        ax.set_title(f"{environment}\n{data}, {episodes} episodes{author}", fontsize="medium", wrap=True)
+        ax.set_title(f"{environment}\n{data}, {episodes} episodes", fontsize="medium", wrap=True)
         ax.set(xlabel="global_step", ylabel=f"score ({unit})")
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.grid(alpha=0.3)
-    (legend["final evaluation"],) = ax.plot([], [], "D", color="gray")
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=1 + columns // 3, frameon=False)
     figure.savefig(path)
 
@@ -212,4 +209,6 @@ def main(folder: tyro.conf.Positional[Path], merge: Path | None = None):
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # a closed pipe ends it quietly
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     tyro.cli(main)

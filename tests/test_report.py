@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,29 +17,26 @@ SCRIPT = Path(__file__).parent.parent / "docs" / "report.py"
 PEN, HAMMER = (("AdroitHandPen-v1", "D4RL/pen/human-v2"), ("AdroitHandHammer-v1", "D4RL/hammer/human-v2"))
 
 
-def write_run(folder, scores=(1.0, 4.0, 2.0), task=PEN, normalized=True, started=100, data=(), author=None, **args):
+def write_run(folder, scores=(1.0, 4.0, 2.0), task=PEN, normalized=True, started=100, data=(), script="aa", **args):
     """The directory of a run with these scores, each of which `asked` for a length; one of no updates evaluates."""
-    args = {"env_id": task[0], "dataset_id": task[1], "exp_name": "iql", "seed": 1, "beta": 3.0, **args}
-    args = {"checkpoint": None, "max_episodes": None, "eval_episodes": 20, **args}
+    args = {"env_id": task[0], "dataset_id": task[1], "exp_name": "iql", "seed": 1, "checkpoint": None} | args
+    args = {"max_episodes": None, "beta": 3.0} | args
     online, offline = "online_steps" in args, args.get("offline_updates", 0)
     total = offline + args["online_steps"] if online else args.setdefault("total_updates", 1000)
     steps = args.pop("steps", np.linspace(0, total, len(scores)).astype(int).tolist())
     asked = args.pop("asked", [total] * len(steps))
-    (path := folder / f"{task[0]}__{args['exp_name']}__{args['seed']}__{started}").mkdir(parents=True)
+    (path := folder / f"{task[0]}__{args['exp_name']}__{args['seed']}__{started}_{script}").mkdir(parents=True)
     data = {"episodes": 25, "episodic_return": 55.5, "normalized_score": 55.5, **dict(data)}
     random = {"episodic_return": 1.0, "normalized_score": -3.25}
     measured = {"dataset": data, "random": random} if args.get("total_updates", 1) else {}
-    (path / "args.json").write_text(json.dumps({"args": args, "author": author, **measured}))
-    rows = []
+    (path / "args.json").write_text(json.dumps({"args": args, "script": script, **measured}))
+    names = ["global_step", *(["total_steps", "online_steps"] if online else ["total_updates"])]
+    names += ["normalized_score", "success_rate"] * normalized + ["episodic_return", "wall_seconds"]
+    lines = [",".join(names)]
     for step, score, length in zip(steps, scores, asked, strict=True):
-        row = {"global_step": step, "total_steps" if online else "total_updates": length}
-        row["episodes"] = 100 if step == length or online and step == offline else 20
-        row |= {"online_steps": max(0, step - offline)} if online else {}
-        row |= {"normalized_score": score, "success_rate": score / 1000} if normalized else {}
-        rows.append({**row, "episodic_return": 10 * score, "wall_seconds": 1000 * args["seed"] + step})
-    with open(path / "evaluations.csv", "w", newline="") as file:
-        csv.DictWriter(file, rows[0]).writeheader()
-        csv.DictWriter(file, rows[0]).writerows(rows)
+        row = [step, length, *[max(0, step - offline)] * online, *[score, score / 1000] * normalized, 10 * score]
+        lines.append(",".join(map(str, [*row, 1000 * args["seed"] + step])))
+    (path / "evaluations.csv").write_text("\n".join([*lines, ""]))
     return path
 
 
@@ -82,8 +80,8 @@ def test_statistics(tmp_path):
         assert np.allclose((low, high), np.percentile(draws, (2.5, 97.5)), rtol=0.05)
     assert report.iqm([np.arange(9.0) ** 5]) == "2440.0 [97.6, 13194.6]"  # the same numbers each time
     *_, last = csv.DictReader((tmp_path / "results.csv").open())
-    names = ("seed", "success_rate", "wall_seconds", "random_score", "dataset_episodes")
-    assert [last[name] for name in names] == ["5", "0.64", "6000.0", "-3.25", "25"]
+    names = ("seed", "run", "script", "success_rate", "wall_seconds", "random_score", "dataset_episodes")
+    assert ",".join(last[name] for name in names) == f"5,{PEN[0]}__iql__5__100_aa,aa,0.64,6000.0,-3.25,25"
 
 
 def test_plain_returns(tmp_path, rows):
@@ -100,15 +98,33 @@ def test_plain_returns(tmp_path, rows):
 
 def test_unlike_data_under_one_id(tmp_path, rows):
     """Neither a row nor a replacement, also when they come from an earlier file; machines may round differently."""
-    for n, (episodes, mean) in enumerate([(5, 55.0), (500, 55.0), (500, 550.0)] * 2):
+    for n, (episodes, mean) in enumerate([(5, 55.0), (500, 55.0), (500, 55.01)] * 2):
         data = {"episodes": episodes, "normalized_score": mean + n * 1e-10}
         write_run(tmp_path, (0, 75 + 10 * n), data=data, seed=n // 3, started=n)
-    columns, few, many = ("data (episodes, score)", "runs", "final"), f"{PEN[1]} (5, 55.0)", f"{PEN[1]} (500, 55"
-    wanted = f"{few} 2 90.0 ± 15.0, {many}.0) 2 100.0 ± 15.0, {many}0.0) 2 110.0 ± 15.0"
+    columns, few, many = ("data (episodes, score)", "runs", "final"), f"{PEN[1]} (5, 55.0)", f"{PEN[1]} (500, 55.0)"
+    wanted = f"{few} 2 90.0 ± 15.0, {many} 2 100.0 ± 15.0, {many} 2 110.0 ± 15.0"
     assert rows(*columns) == f"{wanted}, 3 sets 6 100.0"
     assert "Replaced" not in (tmp_path / "report.md").read_text()
     (tmp_path / "new").mkdir()  # its rows have no arguments to tell what is alike in all sets
     assert rows(*columns, folder=tmp_path / "new", merge=tmp_path / "results.csv") == wanted
+
+
+def test_unlike_code_is_another_variant(tmp_path, rows):
+    """Also beside an earlier file. A row over all sets is of one code, with as many runs of each."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    for seed, script in ((1, "aa"), (2, "aa"), (2, "bb"), (2, "aa+bb")):
+        write_run(old, (0, seed), seed=seed, script=script)
+    write_run(old, (0, 7), HAMMER, exp_name="other")
+    write_run(old, (0, 8), exp_name="other", script="bb")
+    for n, task in enumerate((PEN, PEN, HAMMER)):
+        write_run(old, (0, 9), task, exp_name="uneven", seed=n)
+    wanted = "other 1 7.0, uneven 1 9.0, iql script=aa 2 1.5 ± 0.5, iql script=aa+bb 1 2.0, iql script=bb 1 2.0, "
+    wanted += "other 1 8.0, uneven 2 9.0 ± 0.0"
+    assert rows("variant", "runs", "final", folder=old) == wanted
+    write_run(new, (0, 3), seed=3, script="bb")
+    wanted = wanted.replace("script=bb 1 2.0", "script=bb 2 2.5 ± 0.5")
+    for earlier in (old, new):
+        assert rows("variant", "runs", "final", folder=new, merge=earlier / "results.csv") == wanted
 
 
 def test_each_phase_of_fine_tuning_has_its_row(tmp_path, rows):
@@ -116,7 +132,7 @@ def test_each_phase_of_fine_tuning_has_its_row(tmp_path, rows):
     checkpoint = {"checkpoint": "a/best.pt", "online_steps": 50, "steps": [0, 25, 50]}
     write_run(tmp_path, (8.0, 6.0, 7.0), exp_name="checked", **checkpoint)
     tuned = {"exp_name": "tuned", "offline_updates": 100, "online_steps": 50, "steps": [0, 50, 100, 130, 150]}
-    write_run(tmp_path, (9.0, 1.0, 2.0, 4.0, 3.0), asked=[130, 130, 130, 130, 150], **tuned)
+    write_run(tmp_path, (9.0, 1.0, 2.0, 14.0, 3.0), asked=[130, 130, 130, 130, 150], **tuned)
     write_run(tmp_path, (9.0, 1.0, 2.0, 7.0, 5.0), asked=[130, 130, 130, 150, 150], seed=2, **tuned)
     write_run(tmp_path, (9.0, 1.0, 2.0, 7.0, 6.0), asked=[140, 140, 140, 140, 150], seed=3, **tuned)
     write_run(tmp_path, asked=[500, 500, 1000])
@@ -124,7 +140,7 @@ def test_each_phase_of_fine_tuning_has_its_row(tmp_path, rows):
     assert rows("variant", "updates", "runs", "final", "best") == (
         "iql 1000 1 2.0 4.0, iql 500->1000 1 2.0 4.0, "
         "checked offline checkpoint 1 8.0 8.0, checked online checkpoint+50 1 7.0 7.0, "
-        "tuned offline 100 3 2.0 ± 0.0 9.0, tuned online 100+30->50 1 3.0 4.0, "
+        "tuned offline 100 3 2.0 ± 0.0 9.0, tuned online 100+30->50 1 3.0 14.0, "
         "tuned online 100+40@30->50 1 6.0 7.0, tuned online 100+50 1 5.0 7.0"
     )
 
@@ -181,19 +197,21 @@ def test_runs_that_only_evaluate(tmp_path, rows):
 def test_runs_without_a_row_are_named(tmp_path, rows):
     """Once; a damaged or foreign file costs no other run. Of two finished runs of one identity the newest counts."""
     runs = [write_run(tmp_path / folder, (1, 2, n), started=n).name for folder, n in (("runs", 30), ("", 40), ("", 50))]
-    tuned = write_run(tmp_path, (1, 2, 3), started=5, offline_updates=50, online_steps=50, steps=[0, 50, 99])
+    online = {"offline_updates": 50, "online_steps": 50}
+    tuned = write_run(tmp_path, (1, 2, 3), started=5, steps=[0, 50, 99], **online)
     early, stopped, cut, *damaged = (write_run(tmp_path, seed=seed) for seed in range(2, 11))
-    damaged += [write_run(tmp_path, (1.0, 2.0, 3.0), started=6, offline_updates=50, online_steps=50)]
-    (damaged[6] / "evaluations.csv").write_text((damaged[6] / "evaluations.csv").read_text().replace(",3.0,", ",x,"))
+    damaged += [write_run(tmp_path, (1.0, 2.0, 3.0), started=6, **online)]
+    text, last = ((path / "evaluations.csv").read_text() for path in (cut, damaged[6]))
     (early / "evaluations.csv").unlink()
-    text = (stopped / "evaluations.csv").read_text()
     (stopped / "evaluations.csv").write_text(text.rsplit("\n", 2)[0] + "\n")
-    (cut / "evaluations.csv").write_text(text[: -len("1234.5\n")])
+    (cut / "evaluations.csv").write_text(text[: -len("1234\n")])
     contents = ["", '{"learning_rate": 0.1}', '["args"]', '{"args": {"dataset_id": "x", "exp_name": 1}, "dataset": 2}']
     for path, content in zip(damaged, contents, strict=False):
         (path / "args.json").write_text(content)
-    (damaged[4] / "evaluations.csv").write_bytes(text.encode() + b"\xff\xfe")
-    (damaged[5] / "evaluations.csv").write_text(text.replace("wall_seconds", "minutes"))
+    for path, content in zip(
+        damaged[4:], (b"\xff", text.replace("wall_", ""), last.replace(",3.0,", ",x,")), strict=True
+    ):
+        (path / "evaluations.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
     assert rows("final", "runs") == "50.0 1"
     text = (tmp_path / "report.md").read_text()
     assert f"name, arguments and seed: {runs[0]} by {runs[1]}, {runs[1]} by {runs[2]}.\n" in text
@@ -223,40 +241,44 @@ def test_merge(tmp_path, rows):
 
 
 def test_figure(tmp_path, monkeypatch):
-    """The last evaluation is a mark, no point of the curve, as are those of first lengths. The title tells the data."""
-    drawn, me = [], "a name of many words " * 12 + "me"
+    """A curve ends in the score. Titles tell the data, and nothing is cut off."""
+    drawn, long = [], ("AdroitHandPen-v1", f"own/{'long' * 22}-v0")
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
     for seed in (1, 2):
-        write_run(tmp_path, (1, 4 * seed, 2, 9 * seed), seed=seed, asked=[500, 500, 666, 1000], author=[me])
+        write_run(tmp_path, (1, 4 * seed, 2, 9 * seed), long, seed=seed, asked=[500, 500, 666, 1000])
     report.main(tmp_path)
     (lone := drawn.pop()).draw_without_rendering()
-    boxes = [part.get_window_extent() for part in (lone.legends[0], lone.axes[0].title)]  # they are not cut off
+    boxes = [part.get_window_extent() for part in (lone.legends[0], lone.axes[0].title)]
     assert min(box.x0 for box in boxes) >= 0 and max(box.x1 for box in boxes) <= lone.bbox.width
-    write_run(tmp_path, (1, 3, 2), HAMMER, data={"normalized_score": 44.0}, author="you")
+    write_run(tmp_path, (1, 3, 2), HAMMER, data={"normalized_score": 44.0})
     for n in range(8):
         write_run(tmp_path, (1, 3, 2), HAMMER, data={"episodes": 5 + (n > 0)}, exp_name=f"v{n}")
     write_run(tmp_path, (5,), PEN, checkpoint="a/best.pt", total_updates=0, started=200)
     report.main(tmp_path)
     hammer, other, many, pen = drawn[0].axes
-    curves = [[list(map(float, line.get_ydata())) for line in ax.lines[:4]] for ax in (hammer, pen)]
-    assert curves == [[[1, 3], [2], [44, 44], [-3.25] * 2], [[1, 6], [9, 18], [55.5] * 2, [-3.25] * 2]]
-    assert [list(line.get_xdata()) for line in pen.lines[:2]] == [[0, 333], [1000, 1000]]
-    assert {*map(tuple, pen.collections[0].get_paths()[0].vertices.tolist())} == {(0, 1), (333, 4), (333, 8)}
-    titles = [ax.get_title().split("\n", 1)[1].replace(me, "me") for ax in (hammer, other, pen)]
-    data = [f"{HAMMER[1]}, 25 episodes\nauthor: you", f"{HAMMER[1]}, 5 episodes", f"{PEN[1]}, 25 episodes\nauthor: me"]
-    assert titles == data and (pen.get_xlabel(), *pen.get_subplotspec().get_geometry()[:2]) == ("global_step", 2, 2)
+    curves = [[list(map(float, line.get_ydata())) for line in ax.lines] for ax in (hammer, pen)]
+    assert curves == [[[1, 3, 2], [44, 44], [-3.25] * 2], [[1, 6, 2, 13.5], [55.5] * 2, [-3.25] * 2]]
+    assert list(pen.lines[0].get_xdata()) == [0, 333, 666, 1000] and pen.lines[0].get_marker() == "."
+    area = {*map(tuple, pen.collections[0].get_paths()[0].vertices.tolist())}
+    assert area == {(0, 1), (333, 4), (333, 8), (666, 2), (1000, 9), (1000, 18)}
+    titles = [ax.get_title().split("\n", 1)[1] for ax in (hammer, other, pen)]
+    assert titles == [f"{HAMMER[1]}, 25 episodes", f"{HAMMER[1]}, 5 episodes", f"{long[1]}, 25 episodes"]
+    assert (pen.get_xlabel(), *pen.get_subplotspec().get_geometry()[:2]) == ("global_step", 2, 2)
     labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
-    assert labels[0] == "iql, 1000 updates" and labels[-1] == "final evaluation"
-    assert "iql, 500@333->666->1000 updates, mean and range of the seeds" in labels
-    assert len({(line.get_color(), line.get_linestyle()) for line in many.lines[:14:2]}) == 7
+    assert labels[:3] == ["iql, 1000 updates", "mean of the dataset", "random policy"]
+    assert labels[-1] == "iql, 500@333->666->1000 updates, mean and range of the seeds"
+    assert len({(line.get_color(), line.get_linestyle()) for line in many.lines[:7]}) == 7
 
 
 def test_command(tmp_path):
-    """As a user calls it, in a folder with blanks and brackets; where nothing is finished it says so."""
+    """In a folder with blanks and brackets. Without finished runs it says so; when nobody reads any more, nothing."""
     (folder := tmp_path / "my [1] runs").mkdir()
-    done = subprocess.run([sys.executable, SCRIPT, folder], capture_output=True, text=True)
+    call, (read, unread) = [sys.executable, SCRIPT, folder], os.pipe()
+    done = subprocess.run(call, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "holds no finished run" in done.stderr
     write_run(folder)
-    done = subprocess.run([sys.executable, SCRIPT, folder], capture_output=True, text=True)
+    done = subprocess.run(call, capture_output=True, text=True)
     assert done.returncode == 0 and (folder / "report.md").read_text() in done.stdout, done.stderr
     assert {path.name for path in folder.iterdir() if path.is_file()} == {"report.md", "results.csv", "figure.png"}
+    os.close(read)
+    assert subprocess.run(call, stdout=unread, stderr=subprocess.PIPE).stderr == b""
