@@ -20,6 +20,12 @@ def pytest_addoption(parser):
     parser.addoption("--script", help="an edited copy of a script: tests/test_variant.py runs on it, alone")
 
 
+def pytest_configure(config):
+    script = config.getoption("--script")
+    if script and not (config.invocation_params.dir / script).is_file():
+        raise pytest.UsageError(f"{script}: no such file")
+
+
 def pytest_ignore_collect(collection_path, config):
     if config.getoption("--script") and collection_path.suffix == ".py":
         return collection_path.name != "test_variant.py"
