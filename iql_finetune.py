@@ -471,8 +471,8 @@ def parse_args():
         inherited = {name: saved["args"][name] for name in names}
         args = tyro.cli(Args, default=Args(checkpoint=args.checkpoint, **inherited))
         names += ["gamma", "tau", "expectile", "beta", "max_weight", "actor_dropout", "batch_size"]
-        changed = [name for name in names if getattr(args, name) != saved["args"][name]]
-        changed = [f"{name} {saved['args'][name]} -> {getattr(args, name)}" for name in changed]
+        changed = [name for name in names if vars(args).get(name) != saved["args"].get(name)]
+        changed = [f"{name} {saved['args'].get(name)} -> {vars(args).get(name)}" for name in changed]
         print(f"{args.checkpoint} gives the networks. Other than in its run: {', '.join(changed) or 'nothing'}")
         return args, saved
     saved = load(f"{args.resume}/checkpoint.pt")
