@@ -321,8 +321,8 @@ def test_a_run_standardizes_what_varies_and_scores_by_the_datasets_own_reference
     np.testing.assert_allclose(saved["agent"]["actor.obs_std"], [*(obs.std(0)[:2] + 1e-3), 1], rtol=1e-9)
     agent = iql.Agent(3, 2, iql.Args())
     agent.load_state_dict(saved["agent"])
-    exact = (obs - saved["agent"]["actor.obs_mean"].numpy()) / saved["agent"]["actor.obs_std"].numpy()
-    np.testing.assert_allclose(agent.actor.normalize(obs), exact, atol=1e-5)  # float32 would be off by 0.005
+    exact = (obs + 0.01 - saved["agent"]["actor.obs_mean"].numpy()) / saved["agent"]["actor.obs_std"].numpy()
+    np.testing.assert_allclose(agent.actor.normalize(obs + 0.01), exact, atol=1e-5)  # float32 would be off by 0.003
     measured = json.loads((run_dir(tmp_path / "run") / "args.json").read_text())
     write("odd/plain-v0", episode())  # has none: the checkpoint's
     flags = f"{NOTHING[script]} --checkpoint {run_dir(tmp_path / 'run')}/best.pt --dataset-id odd/plain-v0"
