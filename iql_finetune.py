@@ -428,7 +428,7 @@ def load_transitions(dataset, env, max_episodes=None):
 
 
 def capture(step):
-    """Results of `step` as one CUDA graph: https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture"""
+    """Results of `step` as a CUDA graph: https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture"""
     for _ in range(3):  # plain steps load the libraries and make Adam's state
         yield step()
     graph = torch.cuda.CUDAGraph()
