@@ -19,7 +19,7 @@ DEMONSTRATIONS = np.load(Path(__file__).parent / "golden" / "door_demonstrations
 
 @pytest.mark.parametrize("task", ["Hammer", "Door", "Relocate", "Pen"])
 def test_a_random_policy_scores_zero(task):
-    episodes, tolerance = (60, 4) if task == "Pen" else (12, 0.03)
+    episodes, tolerance = (60, 4) if task == "Pen" else (5, 0.06)
     envs, rng = gym.vector.SyncVectorEnv([iql.make_env(f"AdroitHand{task}-v1")]), np.random.default_rng(0)
     returns, _ = iql.evaluate(envs, lambda _: rng.uniform(-1, 1, envs.action_space.shape), episodes)
     horizon, *reference = iql.ADROIT[task.lower()]
@@ -109,7 +109,7 @@ def test_a_binary_task_pays_0_at_the_goal_and_ends_at_its_horizon_alone(task, mo
     env_id, horizon = f"AdroitHand{task}Sparse-v1", 100 if task == "Pen" else 200
     envs, rng = gym.vector.SyncVectorEnv([iql.make_env(env_id)]), np.random.default_rng(0)
     reference = iql.ADROIT[iql.TASKS[env_id]][1:]
-    returns, successes = iql.evaluate(envs, lambda _: rng.uniform(-1, 1, envs.action_space.shape), 20)
+    returns, successes = iql.evaluate(envs, lambda _: rng.uniform(-1, 1, envs.action_space.shape), 20 if task == "Pen" else 3)
     score = iql.summarize(returns, successes, reference)["normalized_score"]
     assert 0 <= score <= (3 if task == "Pen" else 0)  # a random policy turns a pen to the goal by chance
     own, said = type(envs.envs[0].unwrapped), []
