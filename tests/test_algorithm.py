@@ -60,6 +60,9 @@ def test_twenty_updates_agree_with_the_official_implementation(script):
         metrics = script.update(agent, optimizers, batch, args)
         losses.append([metrics[name].mean().item() for name in COLUMNS])
     np.testing.assert_allclose(losses, GOLDEN["losses"], rtol=1e-3, atol=1e-4)
+    other, args.expectile = golden_agent(script, args), 0.5  # SARSA
+    metrics = script.update(other, script.make_optimizers(other, 0.1), next(golden_batches()), args)
+    assert metrics["v_loss"] != pytest.approx(losses[0][0], rel=0.1)
     agent.eval()
     obs, actions, *_ = next(golden_batches(1, 64, seed=99)).values()
     found = dict(zip(("mean", "log_std"), agent.actor(obs), strict=True)) | {"v": agent.vf(obs)}
@@ -69,8 +72,13 @@ def test_twenty_updates_agree_with_the_official_implementation(script):
 
 
 def test_networks_begin_as_the_official_ones():
-    """Orthogonal weights with gain sqrt 2, zero biases and log_std; every network has its own, but for targets."""
-    agent = iql_continuous.Agent(7, 3, iql_continuous.Args())
+    """Orthogonal weights with gain sqrt 2, zero biases and log_std; every network has its own, but for targets.
+
+    Dropout follows each hidden layer's ReLU, in the actor alone.
+    """
+    agent, dropped = iql_continuous.Agent(7, 3, iql_continuous.Args(actor_dropout=0.4)), []
+    (dropout,) = (module for module in agent.modules() if isinstance(module, torch.nn.Dropout))
+    dropout.register_forward_hook(lambda _, given, output: dropped.append([*given, output]))
     state = {name: tensor for name, tensor in agent.state_dict().items() if "obs_" not in name}
     matrices = {name: tensor for name, tensor in state.items() if tensor.dim() == 2}
     for matrix in matrices.values():
@@ -81,7 +89,9 @@ def test_networks_begin_as_the_official_ones():
     assert len({*sums.values()}) == 12  # of V, the actor and two critics
     assert all(sums[name] == sums[name.replace("_target", "")] for name in sums)
     agent.actor.log_std.data[:] = torch.tensor([-9.0, 1.5, 9.0])  # within the official bounds
-    assert agent.actor(torch.zeros(1, 7))[1].tolist() == [-5.0, 1.5, 2.0]
+    assert agent.actor(torch.randn(100, 7))[1].tolist() == [-5.0, 1.5, 2.0]
+    rates = [((x > 0) & (output == 0)).sum().item() / (x > 0).sum().item() for x, output in dropped if (x >= 0).all()]
+    assert rates == pytest.approx([0.4, 0.4], abs=0.05)
 
 
 @by_script

@@ -1,4 +1,4 @@
-"""Whole runs are what this test computes itself: IQL's update written down again, on data that it prepares."""
+"""Whole runs are what this test computes itself: updates, on data and batches that it prepares."""
 
 import math
 
@@ -6,9 +6,7 @@ import minari
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from processes import run, run_dir, saved_by, written_by
-from torch.distributions import Normal
 
 import iql_continuous
 
@@ -17,6 +15,8 @@ GAMMA, TAU, EXPECTILE, BETA, MAX_WEIGHT, DROPOUT, RATE = 0.9, 0.3, 0.6, 2.0, 0.9
 FLAGS = f"--gamma {GAMMA} --tau {TAU} --expectile {EXPECTILE} --beta {BETA} --max-weight {MAX_WEIGHT} --seed 7 "
 FLAGS += f"--actor-dropout {DROPOUT} --learning-rate {RATE} --batch-size 16 --reward-scale 0.25 --reward-shift 0.5 "
 FLAGS += "--env-id tiny_env:Ending-v0"
+ARGS = {"gamma": GAMMA, "tau": TAU, "expectile": EXPECTILE, "beta": BETA, "max_weight": MAX_WEIGHT}
+ARGS = iql_continuous.Args(**ARGS, actor_dropout=DROPOUT)
 
 
 def prepare(normalize, count):
@@ -41,72 +41,33 @@ class Replay:
     """Networks and random numbers as a checkpoint of no updates has them, and what IQL does to them."""
 
     def __init__(self, saved, mean, std):
-        self.networks = {name: tensor.clone() for name, tensor in saved["agent"].items()}
-        np.testing.assert_allclose(self.networks["actor.obs_mean"], mean)
-        np.testing.assert_allclose(self.networks["actor.obs_std"], std)
+        self.agent = iql_continuous.Agent(3, 2, ARGS)
+        self.agent.load_state_dict(saved["agent"])
+        np.testing.assert_allclose(self.agent.actor.obs_mean, mean)
+        np.testing.assert_allclose(self.agent.actor.obs_std, std)
+        self.optimizers = iql_continuous.make_optimizers(self.agent, RATE)
         torch.set_rng_state(saved["rng_state"])
-        self.adams = []
-        for names in ("vf.", "actor.", ("qf1.", "qf2.")):
-            trained = [name for name in self.networks if name.startswith(names) and "obs_" not in name]
-            self.adams.append(torch.optim.Adam([self.networks[name].requires_grad_() for name in trained], RATE))
-
-    def __call__(self, network, *inputs, last="fc3", dropout=0.0):
-        x = torch.cat(inputs, 1)
-        for layer in ("fc1", "fc2", last):
-            x = F.linear(x, *(self.networks[f"{network}.{layer}.{part}"] for part in ("weight", "bias")))
-            x = x if layer == last else F.dropout(F.relu(x), dropout)
-        return x if last == "fc_mean" else x[:, 0]
-
-    def policy(self, x, dropout=0.0):
-        std = self.networks["actor.log_std"].clamp(-5, 2).exp()
-        return Normal(torch.tanh(self("actor", x, last="fc_mean", dropout=dropout)), std)
-
-    def step(self, k, loss):
-        self.adams[k].zero_grad()
-        loss.backward()
-        self.adams[k].step()
 
     def update(self, data, actor_rate):
-        obs, actions, rewards, next_obs, terminations = (data[name] for name in NAMES)
-        q = torch.min(self("qf1_target", obs, actions), self("qf2_target", obs, actions)).detach()
-        v = self("vf", obs)
-        v_loss = (torch.where(q > v, EXPECTILE, 1 - EXPECTILE) * (q - v) ** 2).mean()
-        self.step(0, v_loss)
-        advantages = (q - self("vf", obs)).detach()
-        weights = (BETA * advantages).exp().clamp(max=MAX_WEIGHT)
-        actor_loss = -(weights * self.policy(obs, DROPOUT).log_prob(actions).sum(1)).mean()
-        self.adams[1].param_groups[0]["lr"] = actor_rate
-        self.step(1, actor_loss)
-        bootstrap = torch.where(terminations == 1, 0.0, GAMMA * self("vf", next_obs))
-        target = (rewards + bootstrap).detach()
-        values = [self(name, obs, actions) for name in ("qf1", "qf2")]
-        qf_loss = sum(((q - target) ** 2).mean() for q in values)
-        self.step(2, qf_loss)
-        for name in self.networks:
-            if "_target" in name:
-                new = self.networks[name.replace("_target", "")].detach()
-                self.networks[name] = (1 - TAU) * self.networks[name] + TAU * new
-        clipped = (weights >= MAX_WEIGHT).float()
-        metrics = {"v_loss": v_loss, "actor_loss": actor_loss, "qf_loss": qf_loss, "qf_values": values[0]}
-        metrics |= {"v_values": v, "advantages": advantages, "weights": weights, "clipped_weights": clipped}
+        self.optimizers[1].param_groups[0]["lr"].fill_(actor_rate)
+        metrics = iql_continuous.update(self.agent, self.optimizers, data, ARGS)
+        metrics["clipped_weights"] = (metrics["weights"] == MAX_WEIGHT).float()
         self.metrics = {name: value.mean().item() for name, value in metrics.items()}
 
     def assert_same(self, folder):
         """The run ended with these networks, logged the last update's means, and acts as they say."""
         saved, scalars = saved_by(folder), written_by(folder).scalars
-        assert saved["agent"].keys() == self.networks.keys()
-        for name, tensor in self.networks.items():
-            torch.testing.assert_close(tensor.detach(), saved["agent"][name], rtol=1e-3, atol=1e-4, msg=name)
+        assert saved["agent"].keys() == self.agent.state_dict().keys()
+        for name, tensor in self.agent.state_dict().items():
+            torch.testing.assert_close(tensor, saved["agent"][name], rtol=1e-3, atol=1e-4, msg=name)
         logged = {name: scalars[f"losses/{name}"][-1][1] for name in self.metrics}
         assert logged == pytest.approx(self.metrics, rel=1e-2, abs=1e-3) and 0 < logged["clipped_weights"] < 1
-        agent, obs = iql_continuous.Agent(3, 2, iql_continuous.Args()), np.eye(3)
-        agent.load_state_dict(saved["agent"])
-        actions = torch.cat([self.policy(self.normalize(x)).mean for x in obs]).detach()
-        torch.testing.assert_close(torch.from_numpy(agent.actor.act(obs)), actions, rtol=1e-3, atol=1e-4)
+        obs = np.eye(3)
+        mean, _ = self.agent.eval().actor(torch.cat([self.normalize(x) for x in obs]))
+        torch.testing.assert_close(torch.from_numpy(self.agent.actor.act(obs)), mean.detach(), rtol=1e-3, atol=1e-4)
 
     def normalize(self, obs):
-        mean, std = (self.networks[f"actor.obs_{name}"] for name in ("mean", "std"))
-        return ((torch.tensor(obs)[None] - mean) / std).float()
+        return ((torch.tensor(obs)[None] - self.agent.actor.obs_mean) / self.agent.actor.obs_std).float()
 
 
 def test_an_offline_run(tmp_path):
@@ -140,8 +101,8 @@ def test_an_online_run(anneal, tmp_path):
             if obs is None:
                 obs, _ = env.reset(seed=torch.randint(2**31, ()).item())
                 episodic_return, success = 0.0, False
-            x, policy = replay.normalize(obs), replay.policy(replay.normalize(obs))
-            action = (policy.mean + 0.5 * policy.stddev * torch.randn(1, 2)).clamp(-1, 1).detach()
+            mean, log_std = replay.agent.eval().actor(x := replay.normalize(obs))
+            action = (mean + 0.5 * log_std.exp() * torch.randn(1, 2)).clamp(-1, 1).detach()
             obs, reward, terminated, truncated, info = env.step(action[0].numpy())
             scaled, ended = torch.tensor([[0.25 * (reward + 0.5)]]), torch.tensor([[float(terminated)]])
             rows.append(torch.cat([x, action, scaled, replay.normalize(obs), ended], 1).float()[0])

@@ -203,7 +203,7 @@ def test_the_final_policy_is_filmed_for_one_episode(script, tmp_path, monkeypatc
     film = f"videos/{run_dir(tmp_path).name}/rl-video-episode-0.mp4"
     assert logged == [{"video": film}] and [*tmp_path.glob("videos/*/*.mp4")] == [tmp_path / film]
     assert (tmp_path / film).read_text() == "11"  # the start and ten steps
-    with pytest.raises(RuntimeError, match="no screen"):
+    with pytest.raises(RuntimeError, match="no screen"):  # before anything is learned
         run(script, tmp_path / "dark", f"{NOTHING[script]} --capture-video --env-id tiny_env:Dark-v0")
     assert not (tmp_path / "dark" / "runs").exists()
 
