@@ -24,7 +24,7 @@ import tyro
 source = (Path(__file__).resolve().parent.parent / "iql_continuous.py").read_text()
 names = {"torch": torch, "nn": torch.nn, "F": torch.nn.functional, "math": math, "os": os, "sys": sys}
 names |= {"dataclass": dataclass, "copy": copy, "__name__": "iql", "__file__": "iql_continuous.py"}
-for begin, end in (("@dataclass", "# D4RL's horizon"), ("def capture(", "def save(")):
+for begin, end in (("@dataclass", "# by Adroit task"), ("def capture(", "def save(")):
     exec(source[source.index(begin) : source.index(end)], names)
 
 
@@ -55,7 +55,7 @@ def ours(transitions, dropout, device):
         data = {name: tensor.index_select(0, indices) for name, tensor in transitions.items()}
         return names["update"](agent, optimizers, data, args)
 
-    return names["capture"](step) if device == "cuda" else step
+    return names["capture"](step).__next__ if device == "cuda" else step
 
 
 def products(device):
@@ -77,7 +77,7 @@ def products(device):
         for a, b, out in operands:
             torch.mm(a, b, out=out)
 
-    return names["capture"](step) if device == "cuda" else step
+    return names["capture"](step).__next__ if device == "cuda" else step
 
 
 def d3rlpy_step(transitions):
