@@ -14,7 +14,7 @@ from matplotlib.ticker import EngFormatter
 # arguments that do not tell apart what is learned, or are told otherwise
 SAME = """seed exp_name torch_deterministic cuda cudagraphs track wandb_project_name wandb_entity capture_video resume
 checkpoint env_id dataset_id max_episodes total_updates offline_updates online_steps eval_envs""".split()
-NUMBERS = ("final", "best", "success_rate", "wall_seconds", "random_score", "dataset_score")
+NUMBERS = ("final", "best", "success_rate", "regret", "wall_seconds", "random_score", "dataset_score")
 COLUMNS = (*"environment data variant seed run script checkpoint updates unit".split(), *NUMBERS, "dataset_episodes")
 SET = ("environment", "data", "dataset_episodes", "dataset_score", "unit")  # an id alone may name unlike data
 HEAD = "environment|data (episodes, score)|variant|updates|runs|final|IQM of final|best|success".split("|")
@@ -76,7 +76,7 @@ def read_run(path):
         if done and rows:
             steps, scores = ([float(row[name]) for row in rows] for name in ("global_step", score))
             result |= {"curve": (steps, scores), "final": scores[-1], "best": max(scores)}
-            result |= {name: float(rows[-1].get(name) or "nan") for name in ("success_rate", "wall_seconds")}
+            result |= {name: float(rows[-1].get(name) or "nan") for name in ("success_rate", "regret", "wall_seconds")}
         if rows if done else phase != " offline":
             yield result
 

@@ -31,11 +31,11 @@ def write_run(folder, scores=(1.0, 4.0, 2.0), task=PEN, normalized=True, started
     measured = {"dataset": data, "random": random} if args.get("total_updates", 1) else {}
     (path / "args.json").write_text(json.dumps({"args": args, "script": script, **measured}))
     names = ["global_step", *(["total_steps", "online_steps"] if online else ["total_updates"])]
-    names += ["normalized_score", "success_rate"] * normalized + ["episodic_return", "wall_seconds"]
+    names += ["normalized_score", "success_rate"] * normalized + ["episodic_return", "regret", "wall_seconds"]
     lines = [",".join(names)]
     for step, score, length in zip(steps, scores, asked, strict=True):
         row = [step, length, *[max(0, step - offline)] * online, *[score, score / 1000] * normalized, 10 * score]
-        lines.append(",".join(map(str, [*row, 1000 * args["seed"] + step])))
+        lines.append(",".join(map(str, [*row, score / 20 if online else "", 1000 * args["seed"] + step])))
     (path / "evaluations.csv").write_text("\n".join([*lines, ""]))
     return path
 
@@ -143,6 +143,8 @@ def test_each_phase_of_fine_tuning_has_its_row(tmp_path, rows):
         "tuned offline 100 3 2.0 ± 0.0 9.0, tuned online 100+30->50 1 3.0 14.0, "
         "tuned online 100+40@30->50 1 6.0 7.0, tuned online 100+50 1 5.0 7.0"
     )
+    regrets = {row["variant"]: row["regret"] for row in csv.DictReader((tmp_path / "results.csv").open())}
+    assert (regrets["iql"], regrets["checked online"]) == ("nan", "0.35")
 
 
 def test_other_arguments_are_another_variant(tmp_path, rows):
