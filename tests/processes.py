@@ -27,10 +27,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).parent.parent
 LENGTH = {"iql_continuous": "--total-updates", "iql_finetune": "--online-steps 0 --offline-updates"}  # offline alone
 NOTHING = {script: f"{flags} 0" for script, flags in LENGTH.items()}
-# 13 evaluations with a checkpoint each. Whole episodes before the first online update: those of a resumed run, which
+# 7 evaluations with a checkpoint each. Whole episodes before the first online update: those of a resumed run, which
 # begin anew, end where others do
-ORDINARY = {"iql_continuous": "--total-updates 120"}
-ORDINARY |= {"iql_finetune": "--offline-updates 40 --online-steps 80 --learning-starts 10"}
+ORDINARY = {"iql_continuous": "--total-updates 60"}
+ORDINARY |= {"iql_finetune": "--offline-updates 20 --online-steps 40 --learning-starts 10"}
 SCRIPTS = list(LENGTH)
 TINY = "--env-id tiny_env:Tiny-v0 --no-cuda --batch-size 32 "
 TINY += "--eval-frequency 10 --eval-episodes 2 --eval-envs 2"
@@ -50,7 +50,7 @@ def become(script, folder, arguments, tiny, patch):
     patch.chdir(folder)
     ordinary = f"{DATA} {ORDINARY.get(path.stem, '')}"
     if "--checkpoint" in arguments:  # it has its own data, and takes the place of the offline updates
-        ordinary = ordinary.replace(DATA, "").replace("--offline-updates 40", "")
+        ordinary = ordinary.replace(DATA, "").replace("--offline-updates 20", "")
     arguments = f"{TINY} {ordinary} {arguments}" if tiny else arguments
     patch.setattr(sys, "argv", [str(path), *shlex.split(arguments)])
     patch.setattr(sys, "path", [str(path.parent), *sys.path])

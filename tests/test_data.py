@@ -7,7 +7,6 @@ import pickle
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -374,14 +373,9 @@ def test_errors_of_others_keep_their_names_and_without_cuda_nothing_asks_cuda(sc
         run(script, tmp_path / "x")
 
 
-def test_a_script_alone_in_a_folder_ends_in_a_sentence_and_leaves_nothing(own_root, tmp_path):
-    """In a process of its own, which imports everything."""
+@by_script
+def test_what_ends_in_a_sentence_leaves_nothing(script, own_root, tmp_path):
     write("odd/set-v0", episode(rewards=np.full(10, np.nan)))
-    (tmp_path / "work").mkdir()
-    shutil.copy(ROOT / "iql_finetune.py", tmp_path / "work")
-    command = [sys.executable, "iql_finetune.py", *"--env-id tiny_env:Tiny-v0 --dataset-id odd/set-v0".split()]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
-    done = subprocess.run(command, cwd=tmp_path / "work", env=environment, capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert [path.name for path in (tmp_path / "work").iterdir()] == ["iql_finetune.py"]
-    assert done.stderr.endswith("odd/set-v0 holds NaN or infinity in its rewards: use a dataset without.\n")
+    sentence = refused("odd/set-v0", script, tmp_path / "work", "--dataset-id odd/set-v0")
+    assert sentence == "odd/set-v0 holds NaN or infinity in its rewards: use a dataset without."
+    assert not any((tmp_path / "work").iterdir())

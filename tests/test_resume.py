@@ -187,9 +187,9 @@ def test_what_would_make_another_run_is_refused(script, tmp_path):
         if name not in ("resume", "cuda", "total_updates", "online_steps"):
             flag = f"--{'no-' * (value is True)}{name.replace('_', '-')}"
             flag += "" if isinstance(value, bool) else f" {values.get(name, 7)}"
-            for longer in ["", more][: 1 + (name not in free)]:
-                sentence = refused(name, script, tmp_path, f"--resume {directory} {longer} {flag}", tiny=False)
-                assert sentence == f"{directory} takes no other {name} at step 10: begin a new run."
+            flags = f"--resume {directory} {flag} {'' if name in free else more}"
+            sentence = refused(name, script, tmp_path, flags, tiny=False)
+            assert sentence == f"{directory} takes no other {name} at step 10: begin a new run."
     if script == "iql_continuous":
         refused("no other total_updates", script, tmp_path, f"--resume {directory} --total-updates 5", tiny=False)
     score = iql_continuous.describe(saved_by(tmp_path / "work")["evaluations"][-1])
@@ -238,7 +238,7 @@ def test_what_counts_is_on_the_disk_before_it_does(script, tmp_path, monkeypatch
         monkeypatch.setattr(owner, name, lambda *given, name=name, call=call: log.append(name) or call(*given))
     run(script, tmp_path)
     evaluations, text = len(saved_by(tmp_path)["evaluations"]), " ".join(log)
-    assert text.count("save fsync replace") == log.count("save") > evaluations == 13
+    assert text.count("save fsync replace") == log.count("save") > evaluations == 7
     assert text.count("flush save") == (evaluations if script == "iql_finetune" else 0)
 
 

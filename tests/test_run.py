@@ -15,13 +15,12 @@ import numpy as np
 import processes
 import pytest
 import torch
-from processes import NOTHING, ROOT, SCRIPTS, by_script, refused, resume, run, run_dir, saved_by, written_by
+from processes import NOTHING, ORDINARY, ROOT, SCRIPTS, by_script, refused, resume, run, run_dir, saved_by, written_by
 
 import iql_continuous
 
 ENDING = "--env-id tiny_env:Ending-v0"
-FLAGS = {"iql_continuous": f"{ENDING} --total-updates 60"}
-FLAGS |= {"iql_finetune": f"{ENDING} --offline-updates 20 --online-steps 40 --learning-starts 10"}
+SHORT = {"iql_continuous": "--total-updates 10", "iql_finetune": "--online-steps 20"}
 ONLINE = {"iql_continuous": "--total-updates", "iql_finetune": "--offline-updates 0 --learning-starts 0 --online-steps"}
 
 
@@ -35,8 +34,7 @@ def finished(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "monotonic", lambda: next(forward))
         patch.setattr(time, "time", lambda: next(back))
-        flags = f"{FLAGS[request.param]} --exp-name \"an 'odd' name\" --seed 4"
-        printed = run(request.param, folder, flags)
+        printed = run(request.param, folder, f"{ENDING} --exp-name \"an 'odd' name\" --seed 4")
     return request.param, folder, printed
 
 
@@ -71,7 +69,7 @@ def test_args_json_explains_the_run(finished):
     written, args, text = written_by(folder).json, saved_by(folder)["args"], (ROOT / f"{script}.py").read_bytes()
     assert written["script"] == saved_by(folder)["script"] == f"{zlib.crc32(text):08x}"
     assert written["args"] == args and processes.asked_for_determinism[-1] is True
-    given = re.findall(r"--(?:no-)?([a-z-]+)", f"{processes.TINY} {processes.DATA} {FLAGS[script]} --seed --exp-name")
+    given = re.findall(r"--(?:no-)?([a-z-]+)", f"{processes.TINY} {processes.DATA} {ORDINARY[script]} --seed --exp-name")
     own = {name: args[name] for name in [flag.replace("-", "_") for flag in given]}
     assert args == {**vars(__import__(script).Args()), **own, "reward_scale": 1.0}
     assert (own["dataset_id"], own["seed"], own["exp_name"], own["cuda"]) == ("tiny/good-v0", 4, "an 'odd' name", False)
@@ -134,7 +132,7 @@ def beginning(request, tmp_path_factory):
     """The checkpoint of a run on three episodes in units of its own, with normalized observations and without."""
     (script, normalize), folder = request.param, tmp_path_factory.mktemp("beginning")
     units = "--max-episodes 3 --reward-scale 0.125 --reward-shift -0.5" + ("" if normalize else " --no-normalize-obs")
-    run(script, folder, f"{FLAGS[script]} {units}")
+    run(script, folder, f"{ENDING} {units}")
     return run_dir(folder) / "checkpoint.pt", saved_by(folder), normalize
 
 
@@ -146,7 +144,7 @@ def units_of(saved):
 @by_script
 def test_a_checkpoint_gives_statistics_units_and_data_where_nothing_else_is_asked_for(script, beginning, tmp_path):
     path, before, normalize = beginning
-    flags = f"{FLAGS[script].replace('--offline-updates 20', '')} --checkpoint {path}"
+    flags = f"{ENDING} {SHORT[script]} --checkpoint {path}"
     other = {"dataset_id": "tiny/other-v0", "max_episodes": None, "reward_scale": 0.5, "reward_shift": 0.0}
     asked = {"": {}, "--max-episodes 2": {"max_episodes": 2}}
     asked["--dataset-id tiny/other-v0 --reward-scale 0.5 --reward-shift 0"] = other
