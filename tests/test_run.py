@@ -69,8 +69,8 @@ def test_args_json_explains_the_run(finished):
     written, args, text = written_by(folder).json, saved_by(folder)["args"], (ROOT / f"{script}.py").read_bytes()
     assert written["script"] == saved_by(folder)["script"] == f"{zlib.crc32(text):08x}"
     assert written["args"] == args and processes.asked_for_determinism[-1] is True
-    given = re.findall(r"--(?:no-)?([a-z-]+)", f"{processes.TINY} {processes.DATA} {ORDINARY[script]} --seed --exp-name")
-    own = {name: args[name] for name in [flag.replace("-", "_") for flag in given]}
+    flags = f"{processes.TINY} {processes.DATA} {ORDINARY[script]} --seed --exp-name"
+    own = {name: args[name] for name in [flag.replace("-", "_") for flag in re.findall(r"--(?:no-)?([a-z-]+)", flags)]}
     assert args == {**vars(__import__(script).Args()), **own, "reward_scale": 1.0}
     assert (own["dataset_id"], own["seed"], own["exp_name"], own["cuda"]) == ("tiny/good-v0", 4, "an 'odd' name", False)
     returns = [episode.rewards.sum() for episode in minari.load_dataset("tiny/good-v0").iterate_episodes()]
