@@ -33,7 +33,8 @@ def test_every_command_parses_and_every_flag_variable_and_link_exists():
         for span in re.findall(r"`(--[^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
             assert set(re.findall(r"(?<!\S)--([a-z-]+)", span)) <= names, (path, span)
         for command in re.findall(r".*bash benchmark\.sh", text):
-            assert all(f"#   {variable} " in usage for variable in re.findall(r"\b([A-Z_]{3,})=", command)), command
+            variables = re.findall(r"\b([A-Z_]{3,})=", command)
+            assert all(re.search(rf"^#  .*\b{name}\b", usage, re.MULTILINE) for name in variables), command
         for target, anchor in re.findall(r"\]\((?!\w+://)([^)#]*)#?([^)]*)\)", text):
             target = path.parent / target if target else path
             titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if anchor else []
