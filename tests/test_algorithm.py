@@ -60,9 +60,9 @@ def test_twenty_updates_agree_with_the_official_implementation(script):
         metrics = script.update(agent, optimizers, batch, args)
         losses.append([metrics[name].mean().item() for name in COLUMNS])
     np.testing.assert_allclose(losses, GOLDEN["losses"], rtol=1e-3, atol=1e-4)
-    other, args.expectile = golden_agent(script, args), 0.5  # SARSA
+    other, args.expectile, args.beta = golden_agent(script, args), 0.5, 0.0  # SARSA, and cloning
     metrics = script.update(other, script.make_optimizers(other, 0.1), next(golden_batches()), args)
-    assert metrics["v_loss"] != pytest.approx(losses[0][0], rel=0.1)
+    assert metrics["v_loss"] != pytest.approx(losses[0][0], rel=0.1) and metrics["weights"].eq(1).all()
     agent.eval()
     obs, actions, *_ = next(golden_batches(1, 64, seed=99)).values()
     found = dict(zip(("mean", "log_std"), agent.actor(obs), strict=True)) | {"v": agent.vf(obs)}

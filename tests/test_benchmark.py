@@ -244,6 +244,17 @@ def test_results_of_two_versions_do_not_mix(benchmark):
     assert found == old | {"my.variant 3 2", "bc 3 2"}
 
 
+def test_two_that_begin_together(benchmark):
+    """Neither runs the half of the script that the other has copied so far."""
+    half = 'head -c 99 "$1" > "$2"; touch "$HOME/copying"; until [[ -e $HOME/go ]]; do sleep 0.02; done'
+    benchmark.add_tool("cp", f'[[ -e $HOME/copying ]] || {{ {half}; }}; exec {shutil.which("cp")} "$@"')
+    process = benchmark.start()
+    benchmark.wait_for((benchmark.folder / "copying").exists, process)
+    benchmark()
+    (benchmark.folder / "go").touch()
+    assert benchmark.end(process, 0).count("was finished before") == 2
+
+
 @pytest.mark.parametrize("number", STOPS)
 def test_stop(benchmark, number):
     """Meanwhile no other call starts the same runs; afterwards nothing runs, not even what does not listen."""
@@ -277,9 +288,12 @@ def test_runs_that_were_killed_go_on(benchmark):
     assert [log.count("started:") for log in benchmark.logs().values()] == [2, 3, 2]  # appended, not overwritten
 
 
-def test_stop_before_the_runs(benchmark):
+@pytest.mark.parametrize("moment", ["comparing", "getting"])
+def test_stop_before_the_runs(benchmark, moment):
+    """Also while bash waits for a command that the signal does not reach."""
+    benchmark.add_tool("cmp", f'touch "$HOME/comparing" && sleep {int(moment == "comparing")}')
     process = benchmark.start(DATASETS="own/slow-v0")
-    benchmark.wait_for((benchmark.folder / "getting").exists, process)
+    benchmark.wait_for((benchmark.folder / moment).exists, process)
     process.send_signal(signal.SIGINT)
     benchmark.end(process, 130)
     assert not benchmark.logs()
@@ -382,15 +396,19 @@ def test_slurm_and_defaults(benchmark):
         ({"UPDATES": "1e6"}, "UPDATES=1e6 and ONLINE_STEPS=1000000 must be whole numbers"),
         ({"WORKERS": "0"}, "WORKERS=0 "),
         ({"VARIANTS": "iql; --beta 0"}, "VARIANTS are labels with flags, not '--beta 0'"),
+        ({"VARIANTS": "iql;"}, "VARIANTS are labels with flags, not ' '"),
         ({"VARIANTS": "iql; iql --beta 0"}, "AdroitHandPen-v1__iql.D4RL.pen.human-v2__1 is asked for twice"),
         ({"PYTHON": "no_such_python"}, "'no_such_python' is not there"),
+        ({"SCRIPT": "no_such.py"}, "no_such.py"),
         ({"SCRIPT": "my variant.py"}, "'my variant.py' must be a name of"),
+        ({"EXTRA": "--exp_name=x"}, "leave --exp_name to the variables"),
         ({"VARIANTS": "a --beta 0\n--total-updates 5; b"}, "leave --total-updates to the variables"),
         *(({"EXTRA": f"--beta 1 --{flag} 1"}, f"leave --{flag} to the variables") for flag in FIXED),
         ({"ENGINE": "slurm", "PATH": "tools"}, "ENGINE=slurm needs sbatch"),
         ({"script": "elsewhere/slurm_script"}, "is a copy: run the repository's, on Slurm as ENGINE=slurm bash"),
         *(({"without": tool, "PATH": "tools"}, f"{tool} is missing: this needs Linux") for tool in TOOLS),
         ({"options": ["--report"]}, "nothing was run there yet"),
+        ({"options": ["--reprot"]}, "'--reprot' is no option"),
         ({"options": ["SEEDS=1"]}, "'SEEDS=1' is no option, see --help. Variables stand before bash."),
     ],
 )
